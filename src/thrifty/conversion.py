@@ -1,0 +1,67 @@
+"""The report of a conversion: which layers are gated, which stay dense and why, and what share of the work that is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+COLUMNS = ("layer", "gated", "MACs", "gate MACs", "note")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One convolution.
+
+    Attributes:
+        name: its name in the model.
+        gated: whether a gate was put there.
+        note: why it stays dense; or, of a gated one, what limits it.
+        macs: its dense MACs per input; 0 where the example did not reach it.
+        gate_macs: what the gate costs per input.
+    """
+
+    name: str
+    gated: bool
+    note: str = ""
+    macs: int = 0
+    gate_macs: int = 0
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did; print it.
+
+    Attributes:
+        method: name of the method.
+        places: every convolution of the model in the order of execution.
+        total_macs: dense MACs of the whole model per input.
+    """
+
+    method: str
+    places: tuple[Place, ...]
+    total_macs: int
+
+    @property
+    def coverage(self) -> float:
+        """Share of the dense MACs that is in gated layers, in [0, 1]."""
+        return sum(place.macs for place in self.places if place.gated) / self.total_macs if self.total_macs else 0.0
+
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """The report as text, a row a convolution, under `COLUMNS`."""
+        return [
+            (p.name, "yes" if p.gated else "no", f"{p.macs:,}", f"{p.gate_macs:,}" if p.gated else "", p.note)
+            for p in self.places
+        ]
+
+    def __str__(self) -> str:
+        table = [COLUMNS, *self.rows()]
+        widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+        return "\n".join([*lines, self.summary()])
+
+    def summary(self) -> str:
+        """One line: how many convolutions are gated and what share of the MACs they hold."""
+        gated = sum(place.gated for place in self.places)
+        return (
+            f"{self.method}: {gated} of {len(self.places)} convolutions gated, "
+            f"{self.coverage:.1%} of {self.total_macs / 1e6:,.2f} M MACs"
+        )

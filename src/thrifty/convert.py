@@ -1,0 +1,58 @@
+"""From a dense model to a dynamic one."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+from torch import Tensor, nn
+
+from thrifty.conversion import Conversion
+from thrifty.dynamic import Dynamic, make_dynamic
+from thrifty.errors import ConversionError
+from thrifty.graph import conv_sites
+from thrifty.macs import count_macs
+from thrifty.methods.base import MethodConfig
+
+log = logging.getLogger(__name__)
+
+
+def convert(model: nn.Module, method: MethodConfig, example: Tensor, *, inplace: bool = False) -> nn.Module:
+    """Make a dense model dynamic.
+
+    The result is of the model's own class with a few members more (see `Dynamic`): it trains with any loop, keeps
+    device, dtype, mode, hooks, and the names of parameters outside gated layers. A gated convolution `c` holds its
+    parts as `c.conv`, `c.norm` and `c.gate`; where its normalisation was, there is an `nn.Identity` (or what else
+    that module did). A layer that cannot be gated stays dense; `result.conversion` says which and why.
+
+    Args:
+        model: any CNN that torch.fx can trace. It is copied, unless `inplace`.
+        method: the method's config, such as `thrifty.FBS(density=0.5)`.
+        example: a batch of inputs [N, C, H, W] on the model's device.
+
+    Raises:
+        ConversionError: the model as a whole cannot be converted, or does not take the example.
+    """
+    if isinstance(model, Dynamic):
+        raise ConversionError(f"the model is dynamic already ({model.method.name}). Convert the dense one.")
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"convert takes a torch.nn.Module, not a {type(model).__name__}.")
+    if not isinstance(example, Tensor) or example.ndim != 4:
+        given = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
+        raise ConversionError(f"example must be a batch of inputs [N, C, H, W], not {given}.")
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ConversionError(f"{name} of the model has NaN or infinite values. Repair the weights first.")
+    try:
+        total = count_macs(model, example[:1]).total
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ConversionError(f"the model does not take an example of shape {tuple(example.shape)}: {error}") from error
+    sites = conv_sites(model, example[:1])
+    if not inplace:
+        model = copy.deepcopy(model)
+        modules = dict(model.named_modules())
+        sites = tuple(site.of(modules) for site in sites)
+    places = method.place(model, sites)
+    conversion = Conversion(method.name, places, int(total[0]))
+    log.info(conversion.summary())
+    return make_dynamic(model, method, conversion)

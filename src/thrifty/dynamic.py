@@ -1,0 +1,107 @@
+"""Dynamic models: the user's own class with four members more, made without touching its forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from thrifty.decision import Decision
+from thrifty.errors import ThriftyError
+from thrifty.gates import Gate
+
+if TYPE_CHECKING:
+    from thrifty.conversion import Conversion
+    from thrifty.methods import MethodConfig
+
+
+class Dynamic:
+    """What `convert` adds to a model. `isinstance(model, Dynamic)` tells a dynamic model from a dense one."""
+
+    conversion: Conversion
+    method: MethodConfig
+
+    def gates(self) -> dict[str, Gate]:
+        """The model's gates by the name of the convolution that each belongs to."""
+        modules: Any = self.named_modules()  # type: ignore[attr-defined]
+        return {name.removesuffix(".gate"): module for name, module in modules if isinstance(module, Gate)}
+
+    def regularization(self) -> Tensor:
+        """The method's loss term for the latest forward pass in training mode, a scalar; add it to your loss."""
+        return self.method.regularization(self)
+
+    def set_density(self, density: float | Mapping[str, float]) -> None:
+        """Change the share of channels that is kept, in (0, 1]: one number, or by name of the layer."""
+        self.method.set_density(self, density)
+
+    @property
+    def density(self) -> float:
+        """Mean density over the gated layers."""
+        return self.method.density_of(self)
+
+
+def decisions(model: nn.Module, x: Tensor) -> dict[str, Decision]:
+    """Decisions of every gate for inputs x [N, C, H, W], in evaluation mode, by name of the gated layer."""
+    if not isinstance(model, Dynamic):
+        raise ThriftyError(f"{type(model).__name__} is a dense model and decides nothing. Convert it first.")
+    found: dict[str, Decision] = {}
+
+    def note(name: str) -> Any:
+        def hook(_gate: nn.Module, _inputs: object, output: tuple[Tensor, Tensor]) -> None:
+            found[name] = Decision(channels=output[1])
+
+        return hook
+
+    handles = [gate.register_forward_hook(note(name)) for name, gate in model.gates().items()]
+    with evaluating(model):
+        try:
+            model(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return found
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside the block; each module's own mode is put back after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def make_dynamic(model: nn.Module, method: MethodConfig, conversion: Conversion) -> nn.Module:
+    """Turn `model` itself into a dynamic model: its class gains `Dynamic`, its forward stays what it was."""
+    model.__class__ = _dynamic_class(type(model))
+    model.method = method  # type: ignore[assignment]
+    model.conversion = conversion  # type: ignore[assignment]
+    return model
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def _dynamic_class(base: type) -> type:
+    if base not in _CLASSES:
+        members = {"__reduce_ex__": _reduce, "__module__": base.__module__, "__doc__": base.__doc__}
+        _CLASSES[base] = type(f"Dynamic{base.__name__}", (Dynamic, base), members)
+    return _CLASSES[base]
+
+
+def _reduce(self: Any, _protocol: object) -> tuple[Any, ...]:
+    # A class made at run time can't be found by name when a pickle is read: name the user's class instead.
+    state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+    return _rebuild, (type(self).__mro__[2],), state
+
+
+def _rebuild(base: type) -> Any:
+    cls = _dynamic_class(base)
+    return cls.__new__(cls)

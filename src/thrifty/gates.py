@@ -1,0 +1,88 @@
+"""Pure functions of gates, and the two modules that every channel-gating method is made of."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from thrifty.errors import ThriftyError
+
+Pair = tuple[Tensor, Tensor]
+
+
+def kept(density: float, channels: int) -> int:
+    """Channels kept of `channels` at `density` in (0, 1]: ceil(density * channels), and at least one.
+
+    The product is lowered by 1e-9 before rounding up, so that 0.55 * 100 = 55.00000000000001 keeps 55.
+    """
+    check_density(density)
+    return max(1, math.ceil(density * channels - 1e-9))
+
+
+def check_density(density: float) -> float:
+    """`density` as a float, or an error where it is not in (0, 1]."""
+    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
+        raise ThriftyError(f"density is {density!r}, but must be a number in (0, 1].")
+    return float(density)
+
+
+def top_k_mask(scores: Tensor, k: int | Tensor) -> Tensor:
+    """The k highest scores of each row; equal scores go to the lowest index.
+
+    Args:
+        scores: [N, C].
+        k: how many to keep, an int or an int64 scalar tensor; from C on, all are kept.
+
+    Returns:
+        bool [N, C] with exactly min(k, C) true in each row.
+    """
+    order = torch.sort(scores.detach(), dim=1, descending=True, stable=True).indices
+    places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, places)
+    return rank < k
+
+
+def mean_magnitude(x: Tensor) -> Tensor:
+    """Mean of |x| over the positions of each channel: [N, C, H, W] -> [N, C]."""
+    return x.abs().mean((2, 3))
+
+
+class Gate(nn.Module):
+    """Decides per input which of `channels` output channels are computed, and by how much each is scaled.
+
+    `forward` takes the map that the gated convolution reads, [N, C_in, H, W], and returns the scale [N, channels],
+    zero where a channel is skipped, and the decision, bool [N, channels].
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Pair:
+        raise NotImplementedError(f"{type(self).__name__} must say how it decides: define forward.")
+
+    def overhead(self, shape: torch.Size) -> int:
+        """MACs that deciding costs per input, for a map of `shape` [N, C_in, H, W]."""
+        raise NotImplementedError(f"{type(self).__name__} must say what it costs: define overhead.")
+
+
+class GatedConv(nn.Module):
+    """A convolution, its batch normalisation if it has one, and the gate that scales their output channels.
+
+    The gate multiplies after normalisation, so that a skipped channel is exactly zero for whatever reads it.
+    """
+
+    def __init__(self, conv: nn.Module, norm: nn.Module | None, gate: Gate) -> None:
+        super().__init__()
+        self.conv = conv
+        self.norm = norm
+        self.gate = gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, _ = self.gate(x)
+        y = self.conv(x)
+        if self.norm is not None:
+            y = self.norm(y)
+        return y * scale[:, :, None, None]

@@ -1,0 +1,409 @@
+"""Multiply-accumulates of convolutions and linear layers per input, as the decisions of each input leave them.
+
+The model runs once, under a mode that sees every tensor operation. Beside each tensor goes its activity: which of its
+values a gate left in place (None where all are). Operations that move values move the activity with them, sums unite
+it, products intersect it, and a convolution costs, for each input and group, taps x positions x active inputs x computed
+outputs. An operation that mixes values and is not in the table is warned about and makes everything active.
+
+How it counts, and where that differs from other counters, is told in the README under 'How MACs are counted'.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from thrifty.dynamic import evaluating
+from thrifty.errors import ThriftyError
+from thrifty.gates import GatedConv, Gate
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class MacCount:
+    """MACs of N inputs.
+
+    Attributes:
+        total: int64 [N], of all layers and gates.
+        layers: int64 [N] for each convolution and linear layer, by name, in the order of execution.
+        gates: int64 [N] for each gate, by name of the layer that it gates.
+    """
+
+    total: Tensor
+    layers: dict[str, Tensor]
+    gates: dict[str, Tensor]
+
+    @property
+    def mean(self) -> float:
+        """Mean MACs of an input."""
+        return self.total.double().mean().item()
+
+    def percentile(self, share: float) -> float:
+        """MACs that `share` percent of the inputs stay under, linearly interpolated."""
+        return torch.quantile(self.total.double(), share / 100).item()
+
+    @property
+    def gate_overhead(self) -> Tensor:
+        """int64 [N]: MACs of all gates, which `total` includes."""
+        return torch.stack(list(self.gates.values())).sum(0) if self.gates else torch.zeros_like(self.total)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.mean / 1e6:,.2f} M MACs per input (5th to 95th percentile {self.percentile(5) / 1e6:,.2f} to "
+            f"{self.percentile(95) / 1e6:,.2f} M, gates {self.gate_overhead.double().mean().item() / 1e6:,.2f} M)"
+        )
+
+
+def count_macs(model: nn.Module, inputs: Tensor | Iterable[Any]) -> MacCount:
+    """Count the MACs of a dense or dynamic model, in evaluation mode, for each input by itself.
+
+    Args:
+        model: any module that takes a batch as its one argument; it need not be traceable.
+        inputs: a batch [N, …], or a loader of batches or of (batch, labels) pairs.
+
+    Raises:
+        ThriftyError: there is no input.
+    """
+    batches = [inputs] if isinstance(inputs, Tensor) else inputs
+    counts = [_count_batch(model, batch if isinstance(batch, Tensor) else batch[0]) for batch in batches]
+    if not counts or not sum(len(count.total) for count in counts):
+        raise ThriftyError("there are no inputs to count MACs for. Give at least one.")
+    return MacCount(
+        torch.cat([count.total for count in counts]), *(_joined(counts, part) for part in ("layers", "gates"))
+    )
+
+
+def _joined(counts: list[MacCount], part: str) -> dict[str, Tensor]:
+    names = dict.fromkeys(name for count in counts for name in getattr(count, part))
+    return {
+        name: torch.cat([getattr(count, part).get(name, torch.zeros_like(count.total)) for count in counts])
+        for name in names
+    }
+
+
+def _count_batch(model: nn.Module, x: Tensor) -> MacCount:
+    counter = _Counter(len(x))
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(counter.entering(name), prepend=True))
+        handles.append(module.register_forward_hook(counter.leaving(name), always_call=True))
+    try:
+        with evaluating(model), counter:
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    total = torch.zeros(len(x), dtype=torch.int64)
+    for part in (*counter.layers.values(), *counter.gates.values()):
+        total = total + part
+    return MacCount(total, counter.layers, counter.gates)
+
+
+@dataclass
+class _Frame:
+    """A module that is being executed."""
+
+    name: str
+    module: nn.Module
+    decision: Tensor | None = None
+
+
+@dataclass
+class _Call:
+    """One operation with what is known of its arguments' activity (None: everything is active)."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    activity: Callable[[Any], Tensor | None]
+    count: int
+    decision: Tensor | None
+    macs: Tensor | None = field(default=None)
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.layers: dict[str, Tensor] = {}
+        self.gates: dict[str, Tensor] = {}
+        self.active = WeakTensorKeyDictionary()
+        self.frames: list[_Frame] = []
+        self.warned: set[str] = set()
+
+    def entering(self, name: str) -> Any:
+        def hook(module: nn.Module, _inputs: object) -> None:
+            self.frames.append(_Frame(name, module))
+
+        return hook
+
+    def leaving(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            frame = self.frames.pop()
+            if isinstance(module, Gate) and output is not None:
+                winners = output[1]
+                gated = name.removesuffix(".gate")
+                cost = torch.full((self.count,), module.overhead(inputs[0].shape), dtype=torch.int64)
+                self.gates[gated] = self.gates.get(gated, 0) + cost
+                self.frames[-1].decision = winners
+            elif isinstance(module, GatedConv) and output is not None and frame.decision is not None:
+                decided = frame.decision
+                self.active[output] = decided.reshape(*decided.shape, *[1] * (output.ndim - 2)).expand(output.shape)
+
+        return hook
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if any(isinstance(frame.module, Gate) for frame in self.frames):
+            return output
+        decision = next((f.decision for f in reversed(self.frames) if isinstance(f.module, GatedConv)), None)
+        call = _Call(func, args, kwargs or {}, output, self._activity, self.count, decision)
+        rule = _RULES.get(func.overloadpacket)
+        if rule is None:
+            self._warn(func)
+            return output
+        activity = rule(call)  # the mode is off in here: what rules compute on activities is not counted
+        if call.macs is not None:
+            name = self.frames[-1].name if self.frames else ""
+            name = name.removesuffix(".conv") if decision is not None else name
+            self.layers[name] = self.layers.get(name, 0) + call.macs.cpu()
+        if isinstance(output, Tensor):
+            if activity is not None:
+                self.active[output] = activity
+            elif output in self.active:  # changed in place
+                del self.active[output]
+        elif isinstance(activity, (tuple, list)):
+            for part, part_activity in zip(output, activity, strict=True):
+                self.active[part] = part_activity
+        return output
+
+    def _activity(self, value: Any) -> Tensor | None:
+        return self.active.get(value) if isinstance(value, Tensor) else None
+
+    def _warn(self, func: Any) -> None:
+        name = str(func.overloadpacket)
+        if name not in self.warned:
+            self.warned.add(name)
+            warnings.warn(
+                f"count_macs does not know {name} and counts it as free, with all of its outputs active.", stacklevel=2
+            )
+
+
+# -------------------------------------------------------------------------- rules: from a call to the output's activity
+
+
+def _convolution(call: _Call) -> None:
+    x, weight, *_ = call.args
+    transposed, groups = call.args[6], call.args[8]
+    y = call.output
+    positions = x[0, 0].numel() if transposed else y[0, 0].numel()
+    taps = weight[0, 0].numel()
+    inputs = _per_group(_channels(call.activity(x)), call.count, x.shape[1], groups)
+    outputs = _per_group(call.decision, call.count, y.shape[1], groups)
+    call.macs = taps * positions * (inputs * outputs).sum(1)
+
+
+def _per_group(channels: Tensor | None, count: int, total: int, groups: int) -> Tensor:
+    """Active channels of each group, int64 [count, groups], from bool [count, total]."""
+    if channels is None:
+        return torch.full((count, groups), total // groups, dtype=torch.int64)
+    return channels.reshape(len(channels), groups, -1).sum(2).cpu()
+
+
+def _channels(activity: Tensor | None) -> Tensor | None:
+    """Channels [N, C] that have an active position."""
+    return None if activity is None else activity.flatten(2).any(2) if activity.ndim > 2 else activity
+
+
+def _matrix_product(x_place: int, weight_place: int) -> Callable[[_Call], None]:
+    """x [rows, K] by weight [K, M]; the rows of an input stand together, for the batch is the outermost dimension."""
+
+    def rule(call: _Call) -> None:
+        x, weight = call.args[x_place], call.args[weight_place]
+        active = call.activity(x)
+        if active is None:
+            per_row = torch.full(x.shape[:-1], x.shape[-1], dtype=torch.int64)
+        else:
+            per_row = active.sum(-1).cpu()
+        products = weight.shape[-1]
+        if per_row.numel() % call.count:
+            per_input = torch.full((call.count,), per_row.sum().item() // call.count)
+        else:
+            per_input = per_row.reshape(call.count, -1).sum(1)
+        call.macs = per_input * products
+
+    return rule
+
+
+def _linear(call: _Call) -> None:
+    x, weight = call.args[:2]
+    active = call.activity(x)
+    per_row = torch.full(x.shape[:-1], x.shape[-1], dtype=torch.int64) if active is None else active.sum(-1).cpu()
+    call.macs = per_row.reshape(call.count, -1).sum(1) * weight.shape[0]
+
+
+def _attention(call: _Call) -> None:
+    query, key, value = call.args[:3]
+    rows = query.shape[:-1].numel() * key.shape[-2]
+    call.macs = torch.full((call.count,), rows * (query.shape[-1] + value.shape[-1]) // call.count)
+
+
+def _everything(call: _Call) -> None:
+    """The output is active everywhere, and making it costs no MACs."""
+
+
+def _same(call: _Call) -> Tensor | None:
+    """Zero in, zero out, at the same place."""
+    return call.activity(call.args[0])
+
+
+def _moved(call: _Call) -> Any:
+    """Values are moved: their activity moves alike."""
+    active = call.activity(call.args[0])
+    if active is None:
+        return None
+    rest = call.args[1:]
+    try:
+        return call.func(active, *rest, **call.kwargs)
+    except RuntimeError:  # a view that the activity's strides don't allow
+        return call.func(active.contiguous(), *rest, **call.kwargs)
+
+
+def _padded(call: _Call) -> Tensor | None:
+    value = call.args[2] if len(call.args) > 2 else call.kwargs.get("value", 0)
+    active = call.activity(call.args[0])
+    if active is None:
+        active = torch.ones(call.args[0].shape, dtype=torch.bool, device=call.args[0].device)
+        if not any(size > 0 for size in call.args[1]):
+            return None
+    return aten.constant_pad_nd(active, call.args[1], bool(value))
+
+
+def _joined_channels(call: _Call) -> Tensor | None:
+    parts = call.args[0]
+    activities = [call.activity(part) for part in parts]
+    if all(active is None for active in activities):
+        return None
+    filled = [
+        torch.ones(part.shape, dtype=torch.bool, device=part.device) if active is None else active
+        for part, active in zip(parts, activities, strict=True)
+    ]
+    return call.func(filled, *call.args[1:], **call.kwargs)
+
+
+def _union(call: _Call) -> Tensor | None:
+    """A sum is active where either operand is."""
+    left, right = (call.activity(value) for value in call.args[:2])
+    if left is None or right is None or not _is_map(call.args[1]):
+        return None
+    return (left | right).expand(call.output.shape)
+
+
+def _intersection(call: _Call) -> Tensor | None:
+    """A product is active where both operands are."""
+    left, right = (call.activity(value) for value in call.args[:2])
+    if left is None and right is None:
+        return None
+    if left is None or right is None:
+        kept = left if right is None else right
+        return kept.expand(call.output.shape) if kept is not None else None
+    return (left & right).expand(call.output.shape)
+
+
+def _quotient(call: _Call) -> Tensor | None:
+    active = call.activity(call.args[0])
+    return None if active is None else active.expand(call.output.shape)
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def _reduced(call: _Call) -> Tensor | None:
+    """Mean, sum or maximum over dimensions: active where any of the values is."""
+    active = call.activity(call.args[0])
+    if active is None:
+        return None
+    dims = call.args[1] if len(call.args) > 1 and call.args[1] is not None else list(range(active.ndim))
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    keep = call.args[2] if len(call.args) > 2 else call.kwargs.get("keepdim", False)
+    for dim in sorted((d % active.ndim for d in dims), reverse=True):
+        active = active.any(dim, keepdim=bool(keep))
+    return active
+
+
+def _pooled(call: _Call) -> Tensor | None:
+    """Pooling: a channel without any active position stays so; in the others every position is taken as active."""
+    output = call.output[0] if isinstance(call.output, tuple) else call.output
+    channels = _channels(call.activity(call.args[0]))
+    if channels is None:
+        return None
+    active = channels.reshape(*channels.shape, *[1] * (output.ndim - 2)).expand(output.shape)
+    return active if output is call.output else [active, active]  # type: ignore[return-value]
+
+
+def _clamped(call: _Call) -> Tensor | None:
+    low = call.args[1] if len(call.args) > 1 else call.kwargs.get("min")
+    high = call.args[2] if len(call.args) > 2 else call.kwargs.get("max")
+    zero_stays = (low is None or low <= 0) and (high is None or high >= 0)
+    return _same(call) if zero_stays else None
+
+
+def _table() -> dict[Any, Callable[[_Call], Any]]:
+    rules: dict[Any, Callable[[_Call], Any]] = {
+        aten.convolution: _convolution,
+        aten.addmm: _matrix_product(1, 2),
+        aten.mm: _matrix_product(0, 1),
+        aten.bmm: _matrix_product(0, 1),
+        aten.baddbmm: _matrix_product(1, 2),
+        aten.linear: _linear,
+        aten.scaled_dot_product_attention: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention: _attention,
+        aten._scaled_dot_product_efficient_attention: _attention,
+        aten.constant_pad_nd: _padded,
+        aten.cat: _joined_channels,
+        aten.stack: _joined_channels,
+        aten.div: _quotient,
+        aten.div_: _quotient,
+        aten.clamp: _clamped,
+        aten.clamp_: _clamped,
+    }
+    groups: dict[Callable[[_Call], Any], str] = {
+        _same: "relu relu_ leaky_relu leaky_relu_ silu silu_ gelu hardswish hardswish_ hardtanh hardtanh_ elu elu_ celu "
+        "mish mish_ tanh tanh_ prelu _prelu_kernel neg abs sqrt native_dropout dropout alias detach clone contiguous "
+        "_to_copy lift_fresh lift_fresh_copy square",
+        _moved: "view _unsafe_view reshape _reshape_alias permute transpose t slice select split split_with_sizes "
+        "chunk unbind expand unsqueeze squeeze flip roll index_select channel_shuffle native_channel_shuffle "
+        "pixel_shuffle pixel_unshuffle as_strided movedim swapaxes unflatten flatten",
+        _union: "add add_ sub sub_ maximum minimum",
+        _intersection: "mul mul_",
+        _reduced: "mean sum amax amin max",
+        _pooled: "max_pool2d max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d adaptive_avg_pool2d "
+        "adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d",
+        _everything: "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
+        "batch_norm instance_norm native_layer_norm native_group_norm sigmoid sigmoid_ hardsigmoid hardsigmoid_ exp "
+        "softplus _softmax softmax _log_softmax log rsqrt reciprocal pow var_mean var std std_mean zeros ones full "
+        "empty zeros_like ones_like full_like empty_like new_zeros new_ones arange eq ne lt le gt ge logical_not "
+        "argmax where sort topk copy_ fill_ zero_ rand rand_like randn bernoulli bernoulli_ _local_scalar_dense "
+        "scalar_tensor sin cos erf linspace meshgrid index gather scatter cumsum rsub sym_size floor_divide remainder "
+        "masked_fill native_dropout_backward logical_and logical_or bitwise_not linalg_vector_norm norm isfinite all "
+        "any item",
+    }
+    for rule, names in groups.items():
+        for name in names.split():
+            if hasattr(aten, name):
+                rules[getattr(aten, name)] = rule
+    return rules
+
+
+_RULES = _table()

@@ -1,0 +1,38 @@
+"""The methods. Each is one file here and one line of `METHODS`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from thrifty.errors import ThriftyError
+from thrifty.methods.base import MethodConfig
+from thrifty.methods.fbs import FBS
+
+METHODS: dict[str, type[MethodConfig]] = {
+    FBS.name: FBS,
+}
+
+
+def method_config(name: str, settings: Mapping[str, Any]) -> MethodConfig:
+    """A method's config from plain values, as recipes and files hold them.
+
+    Raises:
+        ThriftyError: the method or a setting is unknown, or written by a newer version.
+    """
+    if name not in METHODS:
+        raise ThriftyError(f"there is no method {name!r}. Choose one of: {', '.join(METHODS)}.")
+    kind = METHODS[name]
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    version = values.pop("version", kind.version)
+    if version > kind.version:
+        raise ThriftyError(f"{name} settings of version {version} need a newer thrifty, this one knows {kind.version}.")
+    known = [field.name for field in fields(kind)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ThriftyError(f"{name} has no setting {', '.join(unknown)}. It has: {', '.join(known)}.")
+    return kind(**values)
+
+
+__all__ = ["FBS", "METHODS", "MethodConfig", "method_config"]

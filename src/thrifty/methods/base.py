@@ -1,0 +1,74 @@
+"""What every method's config has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from thrifty.errors import ThriftyError
+
+if TYPE_CHECKING:
+    from thrifty.conversion import Place
+    from thrifty.dynamic import Dynamic
+    from thrifty.graph import ConvSite
+
+Where = Callable[[str, nn.Module], bool] | str | tuple[str, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """All settings of a method. Subclasses add fields and say where gates go and how they are trained.
+
+    Attributes:
+        where: which convolutions may be gated: a function of name and module, or one or several patterns of names
+            ('layer*.conv?'); None takes all.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+
+    where: Where = None
+
+    def selects(self, name: str, module: nn.Module) -> bool:
+        """Whether `where` picks the module of this name."""
+        if self.where is None:
+            return True
+        if callable(self.where):
+            return bool(self.where(name, module))
+        patterns = (self.where,) if isinstance(self.where, str) else self.where
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    def settings(self) -> dict[str, Any]:
+        """The config as plain values under its `name` and `version`, for recipes and files.
+
+        Raises:
+            ThriftyError: `where` is a function, which cannot be written down.
+        """
+        if callable(self.where):
+            raise ThriftyError("where= is a function, which can't be saved. Give patterns of names, such as 'layer*'.")
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"name": self.name, "version": self.version, **values}
+
+    def place(self, model: nn.Module, sites: tuple[ConvSite, ...]) -> tuple[Place, ...]:
+        """Put gates into `model` and say for each site what was done."""
+        raise NotImplementedError(f"{type(self).__name__} must define place.")
+
+    def regularization(self, model: Dynamic) -> Tensor:
+        """The method's loss term for the latest forward pass in training mode, a scalar."""
+        raise NotImplementedError(f"{type(self).__name__} must define regularization.")
+
+    def set_density(self, model: Dynamic, density: float | Mapping[str, float]) -> None:
+        """Change the share that is kept."""
+        raise NotImplementedError(f"{type(self).__name__} must define set_density.")
+
+    def density_of(self, model: Dynamic) -> float:
+        """Mean density over the gated layers, 1 where none is gated."""
+        raise NotImplementedError(f"{type(self).__name__} must define density_of.")
+
+    def advance(self, model: Dynamic, progress: float) -> None:
+        """Set what the method's schedule asks for when the share `progress` in [0, 1] of training is done."""
+        raise NotImplementedError(f"{type(self).__name__} must define advance.")

@@ -1,0 +1,268 @@
+"""FBS: feature boosting and suppression, dynamic gating of convolutions' output channels.
+
+Gao, Zhao, Dudziak, Mullins, Xu, 'Dynamic Channel Pruning: Feature Boosting and Suppression', ICLR 2019,
+arXiv 1810.05331.
+
+A gated layer computes pi(x) * (norm(conv(x)) + beta), followed by the network's own activation; norm is batch
+normalisation without its scale, which pi replaces, so a suppressed channel is exactly zero. The gate is
+pi(x) = wta_k(g(x)) with k = ceil(density * C_out), g(x) = ReLU(ss(x) phi + rho) and ss(x) the mean of |x| per input
+channel. Gradients flow through the winners' values only.
+
+Differs from the paper in
+- `init='preserve'` (the default), which starts from exactly the dense model: phi = 0, rho = |gamma| and the sign of
+  gamma kept as the normalisation's fixed scale. Where |gamma| is under `FLOOR` of the layer's mean, rho is that floor
+  instead and the normalisation's scale of the layer is learned; else beta / rho would be huge. `init='paper'` starts
+  as the paper does: phi by He initialisation, rho = 1, gamma dropped.
+- convolutions without batch normalisation, which are gated as pi(x) * (conv(x) + bias) with rho = 1.
+- layers whose gate would cost more than `max_overhead` of the convolution, which stay dense.
+- `schedule='linear'`, a continuous descent of the density beside the paper's steps of 0.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from thrifty.conversion import Place
+from thrifty.errors import ThriftyError
+from thrifty.gates import GatedConv, Gate, Pair, check_density, kept, mean_magnitude, top_k_mask
+from thrifty.graph import NORMS_WITH_ACTIVATION, ConvSite, replace_module
+from thrifty.methods.base import MethodConfig
+
+if TYPE_CHECKING:
+    from thrifty.dynamic import Dynamic
+
+FLOOR = 0.1
+"""Smallest rho of the preserving start, as a share of the layer's mean |gamma|."""
+
+Density = float | Mapping[str, float]
+Init = Literal["preserve", "paper"]
+Schedule = Literal["none", "steps", "linear"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FBS(MethodConfig):
+    """Settings of feature boosting and suppression (see the module's text for the method and its source).
+
+    Attributes:
+        density: share of output channels kept, in (0, 1]: one number for all layers, or by pattern of names, where
+            the first pattern that fits counts and layers that none fits keep everything.
+        l1: weight of the regularisation, the sum over layers of the batch mean of ||g(x)||_1.
+        init: 'preserve' starts from the dense model's function, 'paper' from the paper's random gates.
+        schedule: how the density descends from `start` to `density` in training: 'steps' of `step`, 'linear', or
+            'none', which trains at `density` from the first step on.
+        start: density at which training starts.
+        step: size of a step down.
+        descent: shares of the training run at which the descent starts and ends.
+        max_overhead: a convolution is gated only if its gate's MACs are at most this share of its own.
+    """
+
+    name: ClassVar[str] = "fbs"
+    version: ClassVar[int] = 1
+
+    density: Density = 0.5
+    l1: float = 1e-8
+    init: Init = "preserve"
+    schedule: Schedule = "steps"
+    start: float = 1.0
+    step: float = 0.1
+    descent: tuple[float, float] = (0.1, 0.6)
+    max_overhead: float = 0.5
+
+    def __post_init__(self) -> None:
+        for value in self.density.values() if isinstance(self.density, Mapping) else (self.density, self.start):
+            check_density(value)
+        check_density(self.start)
+        for field, options in (("init", get_args(Init)), ("schedule", get_args(Schedule))):
+            if getattr(self, field) not in options:
+                raise ThriftyError(f"FBS {field} is {getattr(self, field)!r}; choose one of: {', '.join(options)}.")
+        if not 0 < self.step <= 1:
+            raise ThriftyError(f"FBS step is {self.step!r}, but must be in (0, 1].")
+        if len(self.descent) != 2 or not 0 <= self.descent[0] <= self.descent[1] <= 1:
+            raise ThriftyError(f"FBS descent is {self.descent!r}, but must be two rising shares in [0, 1].")
+        if self.l1 < 0 or self.max_overhead < 0:
+            raise ThriftyError("FBS l1 and max_overhead must not be negative.")
+
+    def place(self, model: nn.Module, sites: tuple[ConvSite, ...]) -> tuple[Place, ...]:
+        """Gate every site that can take it."""
+        places = []
+        for site in sites:
+            reason, gate_macs = self._refusal(site)
+            if not reason:
+                self._gate(model, site)
+            places.append(Place(site.name, not reason, reason or site.limit, site.macs, 0 if reason else gate_macs))
+        self._check_patterns(self.density, [place.name for place in places if place.gated])
+        return tuple(places)
+
+    def regularization(self, model: Dynamic) -> Tensor:
+        """l1 times the sum over layers of the batch mean of ||g(x)||_1, before winners are taken."""
+        penalties = [gate.penalty for gate in _gates(model).values() if gate.penalty is not None]
+        return self.l1 * torch.stack(penalties).sum() if penalties else torch.zeros(())
+
+    def set_density(self, model: Dynamic, density: Density) -> None:
+        """Change the density of all layers, or of those whose names a pattern fits; others keep theirs."""
+        gates = _gates(model)
+        self._check_patterns(density, list(gates))
+        for name, gate in gates.items():
+            value = _look_up(density, name)
+            if value is not None:
+                gate.set_density(value)
+
+    def density_of(self, model: Dynamic) -> float:
+        """Mean density over the gated layers, 1 where none is gated."""
+        densities = [gate.density for gate in _gates(model).values()]
+        return sum(densities) / len(densities) if densities else 1.0
+
+    def advance(self, model: Dynamic, progress: float) -> None:
+        """Put the schedule's density for this share of the run into every gate."""
+        for name, gate in _gates(model).items():
+            gate.set_density(self.density_at(progress, self.density_for(name)))
+
+    def density_for(self, name: str) -> float:
+        """The target density of the layer `name`."""
+        value = _look_up(self.density, name)
+        return 1.0 if value is None else value
+
+    def density_at(self, progress: float, target: float) -> float:
+        """Density on the way to `target` when the share `progress` in [0, 1] of training is done."""
+        first, last = self.descent
+        if self.schedule == "none" or self.start <= target:
+            return target
+        if progress < first:
+            return self.start
+        share = 1.0 if progress >= last else (progress - first) / (last - first)
+        if self.schedule == "linear":
+            return self.start + (target - self.start) * share
+        steps = math.ceil((self.start - target) / self.step - 1e-9)
+        taken = min(steps, 1 + math.floor(share * steps))
+        return max(target, round(self.start - taken * self.step, 9))
+
+    def _refusal(self, site: ConvSite) -> tuple[str, int]:
+        if site.conv is None or site.blocked:
+            return site.blocked, 0
+        if not self.selects(site.name, site.conv):
+            return "not selected by where=", 0
+        overhead = _overhead(site.input_shape, site.conv.out_channels)  # type: ignore[arg-type]
+        if overhead > self.max_overhead * site.macs:
+            return f"its gate would cost {overhead / site.macs:.0%} of its MACs", overhead
+        return "", overhead
+
+    def _gate(self, model: nn.Module, site: ConvSite) -> None:
+        conv: Any = site.conv
+        gate = FBSGate(conv.in_channels, conv.out_channels, self.density_for(site.name))
+        gate.to(device=conv.weight.device, dtype=conv.weight.dtype)
+        norm: Any = None
+        if site.norm is not None:
+            norm = model.get_submodule(site.norm)
+            replace_module(model, site.norm, _detach_activation(norm))
+        self._initialise(gate, norm)
+        gated = GatedConv(conv, norm, gate)
+        gated.train(conv.training)
+        if norm is not None:
+            gated.register_load_state_dict_post_hook(_after_load)
+        replace_module(model, site.name, gated)
+
+    @torch.no_grad()
+    def _initialise(self, gate: FBSGate, norm: Any) -> None:
+        phi, rho = gate.predictor.weight, gate.predictor.bias
+        if self.init == "paper":
+            nn.init.kaiming_normal_(phi, nonlinearity="relu")
+        else:
+            phi.zero_()
+        rho.fill_(1)
+        if norm is None or norm.weight is None:
+            return
+        gamma = norm.weight
+        if self.init == "paper":
+            gamma.fill_(1)
+        else:
+            magnitude = gamma.abs()
+            floor = FLOOR * magnitude.mean()
+            rho.copy_(torch.where(magnitude > floor, magnitude, floor if floor > 0 else torch.ones_like(floor)))
+            norm.bias.div_(rho)
+            gamma.copy_(torch.where(magnitude > floor, gamma.sign(), gamma / rho))
+        _freeze_signs(norm)
+
+    @staticmethod
+    def _check_patterns(density: Density, names: list[str]) -> None:
+        for pattern in density if isinstance(density, Mapping) else ():
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ThriftyError(f"density names {pattern!r}, but no gated layer does. They are: {', '.join(names)}.")
+
+
+class FBSGate(Gate):
+    """pi(x) = wta_k(ReLU(ss(x) phi + rho)) for maps x [N, C_in, H, W]."""
+
+    winners: Tensor
+
+    def __init__(self, inputs: int, channels: int, density: float) -> None:
+        super().__init__(channels)
+        self.predictor = nn.Linear(inputs, channels)
+        # A tensor, so that it travels with the weights and a change of density compiles nothing anew.
+        self.register_buffer("winners", torch.tensor(kept(density, channels)))
+        self._density = density
+        self.penalty: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Pair:
+        saliency = torch.relu(self.predictor(mean_magnitude(x)))
+        if self.training:
+            self.penalty = saliency.sum(1).mean()
+        winners = top_k_mask(saliency, self.winners)
+        return saliency * winners.to(saliency.dtype), winners
+
+    def overhead(self, shape: torch.Size) -> int:
+        """One MAC for each element that is pooled and one for each weight of phi."""
+        return _overhead(shape[1:], self.channels)
+
+    @property
+    def density(self) -> float:
+        """Share of channels kept, in (0, 1]."""
+        winners = int(self.winners)
+        return self._density if kept(self._density, self.channels) == winners else winners / self.channels
+
+    def set_density(self, density: float) -> None:
+        """Keep ceil(density * channels) channels from now on."""
+        self._density = check_density(density)
+        self.winners.fill_(kept(density, self.channels))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"penalty": None}  # it belongs to one backward pass and can't be copied
+
+
+def _overhead(shape: torch.Size, channels: int) -> int:
+    return shape.numel() + shape[0] * channels
+
+
+def _gates(model: Dynamic) -> dict[str, FBSGate]:
+    return {name: gate for name, gate in model.gates().items() if isinstance(gate, FBSGate)}
+
+
+def _look_up(density: Density, name: str) -> float | None:
+    if not isinstance(density, Mapping):
+        return density
+    return next((value for pattern, value in density.items() if fnmatchcase(name, pattern)), None)
+
+
+def _detach_activation(norm: Any) -> nn.Module:
+    """What stays where a normalisation was moved away: nothing, or the activation that was part of it."""
+    if type(norm).__name__ not in NORMS_WITH_ACTIVATION:
+        return nn.Identity()
+    rest = nn.Sequential(norm.drop, norm.act).train(norm.training)
+    norm.drop, norm.act = nn.Identity(), nn.Identity()
+    return rest
+
+
+def _freeze_signs(norm: Any) -> None:
+    """A scale of plain signs is no parameter of the method; one that stands in for tiny gammas is learned."""
+    if isinstance(norm.weight, nn.Parameter):
+        norm.weight.requires_grad_(bool((norm.weight.abs() != 1).any()))
+
+
+def _after_load(gated: Any, _keys: object) -> None:
+    _freeze_signs(gated.norm)

@@ -1,0 +1,1 @@
+"""Training of dense and dynamic models from recipes."""

@@ -1,0 +1,56 @@
+"""What a run writes about itself: the recipe as run, a CSV with a row an epoch, TensorBoard curves."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+from thrifty.files import write_text
+
+
+class RunLog:
+    """Rows of a run. `main` is False in all processes but one, which then write nothing."""
+
+    def __init__(self, directory: Path, main: bool = True) -> None:
+        self.directory = directory
+        self.main = main
+        self.rows: list[dict[str, Any]] = []
+        self.writer: SummaryWriter | None = None
+
+    def start(self, recipe: dict[str, Any], epoch: int) -> None:
+        """Write the recipe, and drop rows and curves behind `epoch`, which the resumed run will write again."""
+        write_text(self.directory / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+        self.writer = SummaryWriter(str(self.directory / "tensorboard"), purge_step=epoch + 1)
+        self._write()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append the row of an epoch."""
+        self.rows.append(row)
+        self._write()
+        if self.writer is not None:
+            for key, value in row.items():
+                if key != "epoch":
+                    self.writer.add_scalar(key, value, row["epoch"])
+            self.writer.flush()
+
+    def _write(self) -> None:
+        if not self.main or not self.rows:
+            return
+        text = io.StringIO()
+        table = csv.DictWriter(text, fieldnames=list(self.rows[-1]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(self.rows)
+        write_text(self.directory / "log.csv", text.getvalue())
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.writer is not None:
+            self.writer.close()

@@ -1,0 +1,48 @@
+"""Batch normalisation over the batches of all processes, on any device.
+
+torch's SyncBatchNorm runs on accelerators only. Without it, two processes with half a batch each train another model
+than one process with the whole batch.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d whose training statistics are those of the global batch; every process must hold as many inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+            return super().forward(x)
+        self._check_input_dim(x)
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+        mean = all_reduce(x.sum((0, 2, 3))) / count
+        centred = x - mean[:, None, None]
+        variance = all_reduce(centred.square().sum((0, 2, 3))) / count
+        self._track(mean.detach(), variance.detach(), count)
+        y = centred * torch.rsqrt(variance + self.eps)[:, None, None]
+        if self.affine:
+            y = y * self.weight[:, None, None] + self.bias[:, None, None]
+        return y
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        if not self.track_running_stats:
+            return
+        batches = cast(Tensor, self.num_batches_tracked).add_(1)
+        share = 1 / float(batches) if self.momentum is None else self.momentum
+        cast(Tensor, self.running_mean).lerp_(mean, share)
+        cast(Tensor, self.running_var).lerp_(variance * count / max(1, count - 1), share)
+
+
+def synchronise_batch_norm(model: nn.Module) -> None:
+    """Make every BatchNorm2d of `model` share its statistics over processes, in place; parameters stay the same."""
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = GlobalBatchNorm2d

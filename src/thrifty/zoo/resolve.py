@@ -1,0 +1,62 @@
+"""From the name of a network to the network: zoo definitions, torchvision, timm and a user's own code."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from thrifty.errors import ThriftyError, require
+from thrifty.zoo.nets import NETS, build
+
+FORMS = "a zoo network, torchvision:NAME, timm:NAME or module:function"
+
+
+def build_net(name: str, **arguments: Any) -> nn.Module:
+    """A network with fresh weights from its name, which has one of `FORMS`.
+
+    `module:function` imports and calls the user's own code; names without a prefix are zoo networks.
+
+    Raises:
+        ThriftyError: nothing of that name exists, it does not take the arguments or does not return a module.
+    """
+    prefix, colon, rest = name.partition(":")
+    if not colon:
+        if name not in NETS:
+            raise ThriftyError(f"there is no network {name!r}. Give {FORMS}; the zoo has: {', '.join(NETS)}.")
+        return build(name, **arguments)
+    builder: Callable[..., Any]
+    if prefix == "torchvision":
+        models = require("torchvision.models", f"network {name}")
+        builder = lambda **rest_of: models.get_model(rest, weights=None, **rest_of)  # noqa: E731
+    elif prefix == "timm":
+        timm = require("timm", f"network {name}")
+        builder = lambda **rest_of: timm.create_model(rest, pretrained=False, **rest_of)  # noqa: E731
+    else:
+        builder = _own(prefix, rest)
+    try:
+        model = builder(**arguments)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise ThriftyError(f"network {name!r} could not be made: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ThriftyError(f"{name!r} returned a {type(model).__name__}, but must return a torch.nn.Module.")
+    return model
+
+
+def _own(module: str, function: str) -> Callable[..., Any]:
+    here = str(Path.cwd())
+    if here not in sys.path:  # as `python -m` does, so that a file in the working directory is found
+        sys.path.insert(0, here)
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except ImportError as error:
+        raise ThriftyError(f"cannot import {module!r}: {error}. Give {FORMS}.") from error
+    except AttributeError as error:
+        raise ThriftyError(f"module {module!r} has no {function!r}.") from error
+    if not callable(found):
+        raise ThriftyError(f"{module}:{function} is a {type(found).__name__}, but must be a function or a class.")
+    return found

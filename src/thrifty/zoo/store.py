@@ -1,0 +1,126 @@
+"""Models on disk: one safetensors file with the weights and, in its metadata, what is needed to rebuild the model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from thrifty.convert import convert
+from thrifty.errors import CheckpointError
+from thrifty.files import replacing
+from thrifty.methods import method_config
+from thrifty.zoo.nets import NETS, build
+
+FORMAT = 1
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a file says of its model.
+
+    Attributes:
+        net: name of the network's definition; only zoo networks can be rebuilt from a file alone.
+        arguments: arguments of the definition.
+        method: settings of the method that made it dynamic, with its name, or None for a dense model.
+        classes: names of the classes, in the order of the logits.
+        size: height and width of the photographs in pixels.
+        mean, std: per-channel normalisation of pixels in [0, 1].
+    """
+
+    net: str
+    arguments: dict[str, Any]
+    method: dict[str, Any] | None
+    classes: tuple[str, ...]
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def save_model(path: str | Path, model: nn.Module, card: ModelCard) -> None:
+    """Write a model's weights and card to one safetensors file, in one step."""
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    metadata = {"thrifty-model": json.dumps({"format": FORMAT, **asdict(card)})}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def load_model(source: str | Path, net: nn.Module | None = None) -> tuple[nn.Module, ModelCard]:
+    """Rebuild a model, in evaluation mode.
+
+    Args:
+        source: name of a zoo model, or a file written by `save_model`.
+        net: the dense network, for a file whose network is not one of the zoo's.
+
+    Raises:
+        CheckpointError: there is no such model, or the file is damaged, newer, or for another network.
+    """
+    path = find_weights(source)
+    card = read_card(path)
+    if net is None:
+        if card.net not in NETS:
+            raise CheckpointError(f"{path} holds weights of {card.net}, which is not a zoo network: give it as net=.")
+        net = build(card.net, **card.arguments)
+    model = net.eval()
+    if card.method is not None:
+        settings = {key: value for key, value in card.method.items() if key != "name"}
+        example = torch.zeros(1, 3, card.size, card.size)
+        model = convert(model, method_config(card.method.get("name", ""), settings), example, inplace=True)
+    load_into(model, _tensors(path), path)
+    return model.eval(), card
+
+
+def find_weights(source: str | Path) -> Path:
+    """The file behind a zoo model's name or a path."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    shipped = WEIGHTS / f"{source}.safetensors"
+    if shipped.is_file():
+        return shipped
+    known = ", ".join(sorted(file.stem for file in WEIGHTS.glob("*.safetensors")))
+    raise CheckpointError(f"there is no model {source}: neither a file nor one of the zoo's: {known or 'none yet'}.")
+
+
+def read_card(path: str | Path) -> ModelCard:
+    """The card of a model's file."""
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("thrifty-model")
+        if text is None:
+            raise CheckpointError(f"{path} was not written by thrifty: it has no model card.")
+        values = json.loads(text)
+        version = values.pop("format")
+        if version > FORMAT:
+            raise CheckpointError(f"{path} was written by a newer thrifty (format {version}). Upgrade to load it.")
+        for key in ("classes", "mean", "std"):
+            values[key] = tuple(values[key])
+        return ModelCard(**values)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a model file or is damaged: {error}.") from error
+
+
+def load_into(model: nn.Module, tensors: dict[str, Tensor], source: str | Path | None) -> None:
+    """Put weights into a model; every name and shape must fit and every value be finite."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{name} in {source} has NaN or infinite values.")
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{source} does not fit the network: {' '.join(str(error).split())}") from error
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Get it anew.") from error
