@@ -1,3 +1,66 @@
-"""thrifty: convolutional networks that spend compute per input."""
+"""thrifty: convolutional networks that spend compute per input.
+
+`import thrifty` needs neither torch nor any other extra; a name that does is imported when it is first used, and says
+what to install where that is missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from thrifty import zoo
+from thrifty.decision import Decision
+from thrifty.errors import ThriftyError, missing_extra
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from thrifty.conversion import Conversion
+    from thrifty.convert import convert
+    from thrifty.dynamic import Dynamic, decisions
+    from thrifty.evaluate import Evaluation, evaluate
+    from thrifty.macs import MacCount, count_macs
+    from thrifty.methods import FBS
+
+_PLACES = {
+    "Conversion": "thrifty.conversion",
+    "Dynamic": "thrifty.dynamic",
+    "Evaluation": "thrifty.evaluate",
+    "FBS": "thrifty.methods",
+    "MacCount": "thrifty.macs",
+    "convert": "thrifty.convert",
+    "count_macs": "thrifty.macs",
+    "decisions": "thrifty.dynamic",
+    "evaluate": "thrifty.evaluate",
+}
+
+__all__ = [
+    "FBS",
+    "Conversion",
+    "Decision",
+    "Dynamic",
+    "Evaluation",
+    "MacCount",
+    "ThriftyError",
+    "convert",
+    "count_macs",
+    "decisions",
+    "evaluate",
+    "zoo",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'thrifty' has no attribute {name!r}")
+    try:
+        value = getattr(importlib.import_module(_PLACES[name]), name)
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, f"thrifty.{name}") from error
+    globals()[name] = value  # over the submodule of the same name, which importing has put there
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -55,7 +55,9 @@ class Conversion:
     def __str__(self) -> str:
         table = [COLUMNS, *self.rows()]
         widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        ]
         return "\n".join([*lines, self.summary()])
 
     def summary(self) -> str:

@@ -6,9 +6,10 @@ import copy
 import logging
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from thrifty.conversion import Conversion
-from thrifty.dynamic import Dynamic, make_dynamic
+from thrifty.dynamic import Dynamic, make_dynamic, taken_names
 from thrifty.errors import ConversionError
 from thrifty.graph import conv_sites
 from thrifty.macs import count_macs
@@ -17,7 +18,7 @@ from thrifty.methods.base import MethodConfig
 log = logging.getLogger(__name__)
 
 
-def convert(model: nn.Module, method: MethodConfig, example: Tensor, *, inplace: bool = False) -> nn.Module:
+def convert(model: nn.Module, method: MethodConfig, example: Tensor, *, inplace: bool = False) -> Dynamic:
     """Make a dense model dynamic.
 
     The result is of the model's own class with a few members more (see `Dynamic`): it trains with any loop, keeps
@@ -40,12 +41,22 @@ def convert(model: nn.Module, method: MethodConfig, example: Tensor, *, inplace:
     if not isinstance(example, Tensor) or example.ndim != 4:
         given = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
         raise ConversionError(f"example must be a batch of inputs [N, C, H, W], not {given}.")
+    if not len(example):
+        raise ConversionError("example is an empty batch. Give one input at least.")
+    taken = taken_names(model)
+    if taken:
+        raise ConversionError(
+            f"{type(model).__name__} has members of its own named {', '.join(taken)}, which dynamic models need. "
+            "Rename them, or wrap the model in another nn.Module."
+        )
     for name, tensor in model.state_dict().items():
+        if is_lazy(tensor):
+            raise ConversionError(f"{name} of the model has no values yet. Run the model on a batch once first.")
         if not tensor.isfinite().all():
             raise ConversionError(f"{name} of the model has NaN or infinite values. Repair the weights first.")
     try:
         total = count_macs(model, example[:1]).total
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
         raise ConversionError(f"the model does not take an example of shape {tuple(example.shape)}: {error}") from error
     sites = conv_sites(model, example[:1])
     if not inplace:

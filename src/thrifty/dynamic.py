@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from thrifty.methods import MethodConfig
 
 
-class Dynamic:
+class Dynamic(nn.Module):
     """What `convert` adds to a model. `isinstance(model, Dynamic)` tells a dynamic model from a dense one."""
 
     conversion: Conversion
@@ -26,8 +26,7 @@ class Dynamic:
 
     def gates(self) -> dict[str, Gate]:
         """The model's gates by the name of the convolution that each belongs to."""
-        modules: Any = self.named_modules()  # type: ignore[attr-defined]
-        return {name.removesuffix(".gate"): module for name, module in modules if isinstance(module, Gate)}
+        return {name.removesuffix(".gate"): gate for name, gate in self.named_modules() if isinstance(gate, Gate)}
 
     def regularization(self) -> Tensor:
         """The method's loss term for the latest forward pass in training mode, a scalar; add it to your loss."""
@@ -78,12 +77,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def make_dynamic(model: nn.Module, method: MethodConfig, conversion: Conversion) -> nn.Module:
+def make_dynamic(model: nn.Module, method: MethodConfig, conversion: Conversion) -> Dynamic:
     """Turn `model` itself into a dynamic model: its class gains `Dynamic`, its forward stays what it was."""
     model.__class__ = _dynamic_class(type(model))
-    model.method = method  # type: ignore[assignment]
-    model.conversion = conversion  # type: ignore[assignment]
-    return model
+    dynamic = cast(Dynamic, model)
+    dynamic.method = method
+    dynamic.conversion = conversion
+    return dynamic
+
+
+def taken_names(model: nn.Module) -> list[str]:
+    """What `Dynamic` adds to a model and the model has already, under another meaning."""
+    names = [name for name in (*vars(Dynamic), *Dynamic.__annotations__) if not name.startswith("_")]
+    return [name for name in names if hasattr(model, name)]
 
 
 _CLASSES: dict[type, type] = {}

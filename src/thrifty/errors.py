@@ -8,7 +8,6 @@ from types import ModuleType
 EXTRAS = {
     "torch": ("torch", "torchvision", "accelerate", "pydantic", "yaml", "PIL", "tensorboard"),
     "timm": ("timm",),
-    "reports": ("matplotlib",),
 }
 """Optional dependencies: name of the extra -> the modules that it brings."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -50,28 +50,41 @@ def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> Evalu
     Raises:
         DataError: the loader is empty, or a label is not one of the model's classes.
     """
-    probabilities, labels, counts = [], [], []
+    probabilities: list[Tensor] = []
+    labels: list[Tensor] = []
     device = _device(model)
-    for x, y in loader:
-        with evaluating(model):
-            logits = model(x.to(device))
-        if len(y) and int(y.max()) >= logits.shape[1]:
-            raise DataError(f"label {int(y.max())} is beyond the model's {logits.shape[1]} classes.")
-        probabilities.append(logits.float().softmax(1).cpu())
-        labels.append(y)
-        counts.append(x)
-    if not labels:
-        raise DataError("there are no photographs to evaluate.")
-    return Evaluation(torch.cat(probabilities), torch.cat(labels), count_macs(model, [x.to(device) for x in counts]))
+
+    def classified() -> Iterator[Tensor]:  # batch by batch, for a large set doesn't fit in memory
+        for batch, y in loader:
+            x = batch.to(device)
+            with evaluating(model):
+                logits = model(x)
+            beyond = y[(y < 0) | (y >= logits.shape[1])]
+            if len(beyond):
+                raise DataError(f"label {int(beyond[0])} is beyond the model's {logits.shape[1]} classes.")
+            probabilities.append(logits.float().softmax(1).cpu())
+            labels.append(y)
+            yield x
+        if not sum(len(part) for part in labels):
+            raise DataError("there are no photographs to evaluate.")
+
+    macs = count_macs(model, classified())
+    return Evaluation(torch.cat(probabilities), torch.cat(labels), macs)
 
 
 def accuracy(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> float:
-    """Share of photographs classified as labelled, in [0, 1], without counting costs."""
+    """Share of photographs classified as labelled, in [0, 1], without counting costs.
+
+    Raises:
+        DataError: the loader is empty.
+    """
     correct = seen = 0
     with evaluating(model):
         for x, y in loader:
             correct += int((model(x.to(device)).argmax(1).cpu() == y).sum())
             seen += len(y)
+    if not seen:
+        raise DataError("there are no photographs to evaluate.")
     return correct / seen
 
 

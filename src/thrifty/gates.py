@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,8 @@ def top_k_mask(scores: Tensor, k: int | Tensor) -> Tensor:
 
 def mean_magnitude(x: Tensor) -> Tensor:
     """Mean of |x| over the positions of each channel: [N, C, H, W] -> [N, C]."""
-    return x.abs().mean((2, 3))
+    # As a norm: forward reads the map once and writes no map, backward scales [N, C] and not the map.
+    return torch.linalg.vector_norm(x, 1, (2, 3)) / x[0, 0].numel()
 
 
 class Gate(nn.Module):
@@ -68,6 +70,10 @@ class Gate(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must say what it costs: define overhead.")
 
 
+CONV_ATTRIBUTES = {"weight", "bias", *nn.Conv2d.__constants__} - {"training"}
+"""What a model's forward may read from a convolution that it also calls."""
+
+
 class GatedConv(nn.Module):
     """A convolution, its batch normalisation if it has one, and the gate that scales their output channels.
 
@@ -86,3 +92,6 @@ class GatedConv(nn.Module):
         if self.norm is not None:
             y = self.norm(y)
         return y * scale[:, :, None, None]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.conv, name) if name in CONV_ATTRIBUTES else super().__getattr__(name)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ NORMS_WITH_ACTIVATION = ("BatchNormAct2d", "FrozenBatchNormAct2d", "SyncBatchNor
 MIXING_MODULES = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention)
 MIXING_FUNCTIONS = {F.conv1d, F.conv2d, F.conv3d, F.linear, torch.matmul, torch.bmm, torch.einsum, operator.matmul}
 MIXING_FUNCTIONS |= {torch.conv2d, F.scaled_dot_product_attention}
+CONV_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
 MIXING_METHODS = {"matmul", "bmm", "mm", "__matmul__"}
 
 KEEPS_ZERO_MODULES = (
@@ -37,13 +38,21 @@ KEEPS_ZERO_MODULES = (
     nn.ChannelShuffle, nn.Upsample,
 )  # fmt: skip
 KEEPS_ZERO_NAMES = {
-    "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "silu", "gelu", "hardswish", "mish", "elu", "tanh", "add",
-    "iadd", "add_", "sub", "mul", "imul", "mul_", "truediv", "div", "dropout", "dropout2d", "max_pool2d", "avg_pool2d",
+    "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "silu", "gelu", "hardswish", "mish", "elu", "tanh",
+    "mul", "imul", "mul_", "truediv", "div", "dropout", "dropout2d", "max_pool2d", "avg_pool2d",
     "boolean_dispatch", "adaptive_avg_pool2d", "adaptive_max_pool2d", "mean", "sum", "amax", "max", "flatten", "view",
     "reshape", "transpose", "permute", "contiguous", "cat", "concat", "concatenate", "stack", "chunk", "split",
-    "getitem", "getattr", "squeeze", "unsqueeze", "pad", "interpolate", "clone", "size", "stochastic_depth", "unbind",
-    "expand", "type", "to", "float", "detach", "dim", "numel", "channel_shuffle", "pixel_shuffle", "expand_as",
+    "getitem", "getattr", "squeeze", "unsqueeze", "interpolate", "clone", "stochastic_depth", "unbind",
+    "expand", "type", "to", "float", "detach", "channel_shuffle", "pixel_shuffle", "expand_as",
 }  # fmt: skip
+SUM_NAMES = {"add", "iadd", "add_", "sub", "isub", "sub_"}
+"""Functions that keep zero where every operand is a map: a number or a weight that is added does not."""
+
+SHAPE_METHODS = {"size", "dim", "numel", "ndimension", "is_contiguous", "get_device"}
+SHAPE_ATTRIBUTES = {"shape", "ndim", "device", "dtype", "requires_grad", "is_cuda", "layout"}
+
+
+UNREACHED = "evaluation does not reach it"
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class ConvSite:
     norm: str | None = None
     blocked: str = ""
     limit: str = ""
-    input_shape: torch.Size = torch.Size()
+    input_shape: torch.Size = field(default_factory=torch.Size)
     macs: int = 0
 
     def of(self, modules: Mapping[str, nn.Module]) -> ConvSite:
@@ -74,26 +83,73 @@ class ConvSite:
 
 
 class _Tracer(fx.Tracer):
-    """Keeps convolutions and normalisations whole, whatever library's subclass they are."""
+    """Keeps convolutions and normalisations whole, whatever library's subclass they are.
+
+    A module whose forward torch.fx cannot follow is kept whole too, so that the network around it can be read.
+
+    Attributes:
+        opaque: names of the modules that could not be followed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opaque: set[str] = set()
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, (_ConvNd, _BatchNorm, GatedConv)) or super().is_leaf_module(module, name)
+        """Whether the module becomes one node of the graph."""
+        if isinstance(module, (_ConvNd, _BatchNorm, GatedConv)) or name in self.opaque:
+            return True
+        return type(module).__name__ in PLAIN_NORMS + NORMS_WITH_ACTIVATION or super().is_leaf_module(module, name)
+
+    def call_module(self, module: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Trace a call of `module`, or note it as one node where its forward cannot be followed."""
+        last = next(iter(reversed(self.graph.nodes)), None)
+        stack = self.module_stack.copy()
+        try:
+            return super().call_module(module, forward, args, kwargs)
+        except Exception:  # fx runs the user's forward, which may raise anything on a proxy
+            self.module_stack = stack
+            for node in list(reversed(self.graph.nodes)):
+                if node is last:
+                    break
+                self.graph.erase_node(node)
+            self.opaque.add(self.path_of_module(module))
+            return super().call_module(module, forward, args, kwargs)
 
 
-def trace(model: nn.Module) -> fx.Graph:
-    """The model's graph in evaluation mode; the model is left as it was, its hooks are not run.
+@dataclass(frozen=True)
+class _Structure:
+    """A traced model: its graph, its modules by name, and the names of the modules that could not be traced."""
+
+    graph: fx.Graph
+    modules: dict[str, nn.Module]
+    opaque: set[str]
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The module that a node calls."""
+        return self.modules[str(node.target)] if node.op == "call_module" else None
+
+    def holder(self, name: str) -> nn.Module | None:
+        """The module that could not be traced and holds the module `name`."""
+        return next((self.modules[path] for path in self.opaque if f"{name}.".startswith(f"{path}.")), None)
+
+
+def _trace(model: nn.Module) -> _Structure:
+    """The model's structure in evaluation mode; the model is left as it was, its hooks are not run.
 
     Raises:
         ConversionError: the model's forward depends on values, which torch.fx cannot follow.
     """
+    tracer = _Tracer()
     with evaluating(model), _without_hooks(model):
         try:
-            return _Tracer().trace(model)
+            graph = tracer.trace(model)
         except Exception as error:  # fx runs the user's forward, which may raise anything on a proxy
             raise ConversionError(
                 f"torch.fx cannot trace {type(model).__name__}: {' '.join(str(error).split())[:300]}. Make its forward "
                 "independent of values (shapes are fine), or mark the helper that depends on them with torch.fx.wrap."
             ) from error
+    return _Structure(graph, dict(model.named_modules()), tracer.opaque)
 
 
 def conv_sites(model: nn.Module, example: Tensor) -> tuple[ConvSite, ...]:
@@ -103,95 +159,112 @@ def conv_sites(model: nn.Module, example: Tensor) -> tuple[ConvSite, ...]:
         model: a dense model.
         example: a batch of inputs [N, C, H, W] that the model takes.
     """
-    graph = trace(model)
-    modules = dict(model.named_modules())
-    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    net = _trace(model)
+    calls = Counter(node.target for node in net.graph.nodes if node.op == "call_module")
     measured = _measure(model, example)
-    sites = []
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target in (F.conv1d, F.conv2d, F.conv3d, torch.conv2d):
-            sites.append(ConvSite(node.name, None, blocked="called as a function: make it an nn.Conv2d to gate it"))
-        if node.op != "call_module" or not isinstance(modules[node.target], _ConvNd):
+    sites: dict[str, ConvSite] = {}
+    for node in net.graph.nodes:
+        if node.op == "call_function" and node.target in CONV_FUNCTIONS:
+            sites[node.name] = ConvSite(
+                node.name, None, blocked="called as a function: make it an nn.Conv2d to gate it"
+            )
+        conv = net.module(node)
+        if not isinstance(conv, _ConvNd) or node.target in sites:
             continue
         name = str(node.target)
-        if any(site.name == name for site in sites):
-            continue
-        conv = modules[name]
         shape, macs = measured.get(name, (torch.Size(), 0))
-        norm, node_after = _norm_of(node, modules, calls)
+        norm, node_after = _norm_of(node, net, calls)
         blocked = ""
         if not isinstance(conv, nn.Conv2d):
             blocked = f"{type(conv).__name__} is not a 2-d convolution"
-        elif calls[name] > 1 or names[id(conv)] > 1:
+        elif calls[name] > 1:
             blocked = "its weights are used at several places"
-        elif _reaches_output(node, modules):
+        elif _reaches_output(node, net):
             blocked = "its channels are the model's outputs"
         elif name not in measured:
             blocked = "the example does not reach it"
-        sites.append(ConvSite(name, conv, norm, blocked, _limit(node_after, modules), shape, macs))
-    reached = {site.name for site in sites}
-    for name, module in modules.items():
-        if isinstance(module, _ConvNd) and name not in reached:
-            sites.append(ConvSite(name, module, blocked="evaluation does not reach it"))
-    return tuple(sites)
+        sites[name] = ConvSite(name, conv, norm, blocked, _limit(node_after, net), shape, macs)
+    for name, module in net.modules.items():
+        if isinstance(module, _ConvNd) and name not in sites:
+            holder = net.holder(name)
+            reason = f"torch.fx cannot trace {type(holder).__name__}, which holds it" if holder else UNREACHED
+            sites[name] = ConvSite(name, module, blocked=reason, macs=measured.get(name, (None, 0))[1])
+    return tuple(sites.values())
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` where the module `name` is."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+    """Put `new` wherever the module `name` is: a module may be registered under several names."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for child in [child for child, module in parent._modules.items() if module is old]:
+            setattr(parent, child, new)
 
 
-def _norm_of(conv: fx.Node, modules: dict[str, nn.Module], calls: Counter[Any]) -> tuple[str | None, fx.Node]:
+def _norm_of(conv: fx.Node, net: _Structure, calls: Counter[Any]) -> tuple[str | None, fx.Node]:
     """The normalisation that is the convolution's only reader, and the node behind which a gate would multiply."""
     if len(conv.users) == 1:
         reader = next(iter(conv.users))
-        if reader.op == "call_module" and calls[reader.target] == 1 and reader.args[:1] == (conv,):
-            kind = type(modules[str(reader.target)]).__name__
-            if kind in PLAIN_NORMS + NORMS_WITH_ACTIVATION:
+        norm = net.module(reader)
+        if norm is not None and calls[reader.target] == 1 and reader.args[:1] == (conv,):
+            known = type(norm).__name__ in PLAIN_NORMS + NORMS_WITH_ACTIVATION
+            read = any(n.op == "get_attr" and str(n.target).startswith(f"{reader.target}.") for n in net.graph.nodes)
+            if known and not read and not _shares_weights(norm, net.modules.values()):
                 return str(reader.target), reader
     return None, conv
 
 
-def _mixes(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def _shares_weights(module: nn.Module, others: Iterable[nn.Module]) -> bool:
+    own = {id(parameter) for parameter in module.parameters(recurse=False)}
+    return any(id(p) in own for other in others if other is not module for p in other.parameters(recurse=False))
+
+
+def _mixes(node: fx.Node, net: _Structure) -> bool:
     """Whether each output of the node depends on many channels of its input, through weights or other values."""
-    if node.op == "call_module":
-        return isinstance(modules[str(node.target)], MIXING_MODULES)
+    module = net.module(node)
+    if module is not None:
+        parts = module.modules() if node.target in net.opaque else [module]
+        return any(isinstance(part, MIXING_MODULES) for part in parts)
     if node.op == "call_function":
         return node.target in MIXING_FUNCTIONS
     return node.op == "call_method" and node.target in MIXING_METHODS
 
 
-def _reaches_output(start: fx.Node, modules: dict[str, nn.Module]) -> bool:
+def _reads_shape(node: fx.Node) -> bool:
+    """Whether the node takes something else than values from its input."""
+    if node.op == "call_method":
+        return node.target in SHAPE_METHODS
+    return node.target is getattr and node.args[1] in SHAPE_ATTRIBUTES
+
+
+def _reaches_output(start: fx.Node, net: _Structure) -> bool:
     pending, seen = list(start.users), {start}
     while pending:
         node = pending.pop()
         if node.op == "output":
             return True
-        if node not in seen and not _mixes(node, modules):
+        if node not in seen and not _mixes(node, net) and not _reads_shape(node):
             pending.extend(node.users)
         seen.add(node)
     return False
 
 
-def _limit(start: fx.Node, modules: dict[str, nn.Module]) -> str:
+def _limit(start: fx.Node, net: _Structure) -> str:
     """What stands between a gate and the readers of its channels and turns zeros into something else."""
     pending, seen = list(start.users), {start}
-    if start.op == "call_module" and type(modules[str(start.target)]).__name__ in NORMS_WITH_ACTIVATION:
-        activation = getattr(modules[str(start.target)], "act", None)
-        if activation is not None and not isinstance(activation, KEEPS_ZERO_MODULES):
-            return _own_work_only(type(activation).__name__)
+    activation = getattr(net.module(start), "act", None)
+    if activation is not None and not isinstance(activation, KEEPS_ZERO_MODULES):
+        return _own_work_only(type(activation).__name__)
     while pending:
         node = pending.pop(0)
-        if node in seen or node.op == "output" or _mixes(node, modules):
+        if node in seen or node.op == "output" or _reads_shape(node):
             continue
         seen.add(node)
-        if node.op == "call_module":
-            module = modules[str(node.target)]
-            if not isinstance(module, KEEPS_ZERO_MODULES):
-                return _own_work_only(type(module).__name__)
-        elif _function_name(node) not in KEEPS_ZERO_NAMES:
+        module = net.module(node)
+        if _mixes(node, net) and node.target not in net.opaque:
+            continue
+        if module is not None and not isinstance(module, KEEPS_ZERO_MODULES):
+            return _own_work_only(type(module).__name__)
+        if module is None and not _keeps_zero(node):
             return _own_work_only(_function_name(node))
         pending.extend(node.users)
     return ""
@@ -199,6 +272,20 @@ def _limit(start: fx.Node, modules: dict[str, nn.Module]) -> str:
 
 def _own_work_only(name: str) -> str:
     return f"skips its own work only: {name} follows"
+
+
+def _keeps_zero(node: fx.Node) -> bool:
+    """Whether a function or method gives zero wherever all the maps that it takes are zero."""
+    name = _function_name(node)
+    if name in SUM_NAMES:
+        return all(isinstance(value, fx.Node) and value.op != "get_attr" for value in node.args[:2])
+    if name in {"truediv", "div"}:
+        return isinstance(node.args[0], fx.Node) and node.args[0].op != "get_attr"
+    if name == "pad":
+        mode = node.kwargs.get("mode", node.args[2] if len(node.args) > 2 else "constant")
+        value = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else None)
+        return bool(mode != "constant" or not value)
+    return name in KEEPS_ZERO_NAMES
 
 
 def _function_name(node: fx.Node) -> str:

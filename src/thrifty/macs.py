@@ -2,8 +2,8 @@
 
 The model runs once, under a mode that sees every tensor operation. Beside each tensor goes its activity: which of its
 values a gate left in place (None where all are). Operations that move values move the activity with them, sums unite
-it, products intersect it, and a convolution costs, for each input and group, taps x positions x active inputs x computed
-outputs. An operation that mixes values and is not in the table is warned about and makes everything active.
+it, products intersect it, and a convolution costs, for each input and group, taps x positions x active inputs x
+computed outputs. An operation that mixes values and is not in the table is warned about and makes everything active.
 
 How it counts, and where that differs from other counters, is told in the README under 'How MACs are counted'.
 """
@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from thrifty.dynamic import evaluating
 from thrifty.errors import ThriftyError
-from thrifty.gates import GatedConv, Gate
+from thrifty.gates import Gate, GatedConv
 
 aten = torch.ops.aten
 
@@ -152,7 +152,8 @@ class _Counter(TorchDispatchMode):
             if isinstance(module, Gate) and output is not None:
                 winners = output[1]
                 gated = name.removesuffix(".gate")
-                cost = torch.full((self.count,), module.overhead(inputs[0].shape), dtype=torch.int64)
+                costs = torch.full((len(inputs[0]),), module.overhead(inputs[0].shape), dtype=torch.int64)
+                cost = _per_input(costs, self.count)
                 self.gates[gated] = self.gates.get(gated, 0) + cost
                 self.frames[-1].decision = winners
             elif isinstance(module, GatedConv) and output is not None and frame.decision is not None:
@@ -170,8 +171,10 @@ class _Counter(TorchDispatchMode):
         rule = _RULES.get(func.overloadpacket)
         if rule is None:
             self._warn(func)
-            return output
+            rule = _everything
         activity = rule(call)  # the mode is off in here: what rules compute on activities is not counted
+        if func._schema.is_mutable and rule is not _same:
+            self._forget_views(output)
         if call.macs is not None:
             name = self.frames[-1].name if self.frames else ""
             name = name.removesuffix(".conv") if decision is not None else name
@@ -185,6 +188,15 @@ class _Counter(TorchDispatchMode):
             for part, part_activity in zip(output, activity, strict=True):
                 self.active[part] = part_activity
         return output
+
+    def _forget_views(self, changed: Any) -> None:
+        """What shares its storage with a tensor that was written to has an activity that is no longer known."""
+        if not isinstance(changed, Tensor):
+            return
+        storage = changed.untyped_storage()._cdata
+        for tensor in [t for t in self.active if t.untyped_storage()._cdata == storage]:
+            if tensor is not changed:
+                del self.active[tensor]
 
     def _activity(self, value: Any) -> Tensor | None:
         return self.active.get(value) if isinstance(value, Tensor) else None
@@ -207,9 +219,9 @@ def _convolution(call: _Call) -> None:
     y = call.output
     positions = x[0, 0].numel() if transposed else y[0, 0].numel()
     taps = weight[0, 0].numel()
-    inputs = _per_group(_channels(call.activity(x)), call.count, x.shape[1], groups)
-    outputs = _per_group(call.decision, call.count, y.shape[1], groups)
-    call.macs = taps * positions * (inputs * outputs).sum(1)
+    inputs = _per_group(_channels(call.activity(x)), len(x), x.shape[1], groups)
+    outputs = _per_group(call.decision, len(x), y.shape[1], groups)
+    call.macs = _per_input(taps * positions * (inputs * outputs).sum(1), call.count)
 
 
 def _per_group(channels: Tensor | None, count: int, total: int, groups: int) -> Tensor:
@@ -217,6 +229,18 @@ def _per_group(channels: Tensor | None, count: int, total: int, groups: int) -> 
     if channels is None:
         return torch.full((count, groups), total // groups, dtype=torch.int64)
     return channels.reshape(len(channels), groups, -1).sum(2).cpu()
+
+
+def _per_input(costs: Tensor, count: int) -> Tensor:
+    """MACs int64 [count] from those of each row of an operand, whose outermost dimension is the batch.
+
+    Several rows may belong to an input (frames or windows folded into the batch). Where rows cannot be shared out among
+    the inputs, the work does not depend on the batch (weights made from weights) and is a cost of each.
+    """
+    costs = costs.reshape(-1)
+    if costs.numel() % count:
+        return costs.sum().expand(count)
+    return costs.reshape(count, -1).sum(1)
 
 
 def _channels(activity: Tensor | None) -> Tensor | None:
@@ -229,26 +253,20 @@ def _matrix_product(x_place: int, weight_place: int) -> Callable[[_Call], None]:
 
     def rule(call: _Call) -> None:
         x, weight = call.args[x_place], call.args[weight_place]
-        active = call.activity(x)
-        if active is None:
-            per_row = torch.full(x.shape[:-1], x.shape[-1], dtype=torch.int64)
-        else:
-            per_row = active.sum(-1).cpu()
-        products = weight.shape[-1]
-        if per_row.numel() % call.count:
-            per_input = torch.full((call.count,), per_row.sum().item() // call.count)
-        else:
-            per_input = per_row.reshape(call.count, -1).sum(1)
-        call.macs = per_input * products
+        call.macs = _per_input(_active_in_rows(call, x) * weight.shape[-1], call.count)
 
     return rule
 
 
+def _active_in_rows(call: _Call, x: Tensor) -> Tensor:
+    """Active values in each row of x [..., K]: int64 [...]."""
+    active = call.activity(x)
+    return torch.full(x.shape[:-1], x.shape[-1], dtype=torch.int64) if active is None else active.sum(-1).cpu()
+
+
 def _linear(call: _Call) -> None:
     x, weight = call.args[:2]
-    active = call.activity(x)
-    per_row = torch.full(x.shape[:-1], x.shape[-1], dtype=torch.int64) if active is None else active.sum(-1).cpu()
-    call.macs = per_row.reshape(call.count, -1).sum(1) * weight.shape[0]
+    call.macs = _per_input(_active_in_rows(call, x) * weight.shape[0], call.count)
 
 
 def _attention(call: _Call) -> None:
@@ -276,6 +294,19 @@ def _moved(call: _Call) -> Any:
         return call.func(active, *rest, **call.kwargs)
     except RuntimeError:  # a view that the activity's strides don't allow
         return call.func(active.contiguous(), *rest, **call.kwargs)
+
+
+def _reshaped(call: _Call) -> Tensor | None:
+    """The same values in the same order, in another shape."""
+    active = call.activity(call.args[0])
+    if active is None or active.numel() != call.output.numel():
+        return None
+    return active.reshape(call.output.shape)
+
+
+def _restrided(call: _Call) -> Tensor | None:
+    """Other strides: what is where can be told only if the shape stays."""
+    return _same(call) if call.output.shape == call.args[0].shape else None
 
 
 def _padded(call: _Call) -> Tensor | None:
@@ -351,11 +382,42 @@ def _pooled(call: _Call) -> Tensor | None:
     return active if output is call.output else [active, active]  # type: ignore[return-value]
 
 
+def _mirrored(call: _Call) -> Tensor | None:
+    """Padding with the tensor's own values, behind the leading dimensions that the padding leaves alone."""
+    channels = _channels(call.activity(call.args[0]))
+    if channels is None:
+        return None
+    return channels.reshape(*channels.shape, *[1] * (call.output.ndim - 2)).expand(call.output.shape)
+
+
+def _added_product(call: _Call) -> Tensor | None:
+    """base + first * second."""
+    base, first, second = (call.activity(value) for value in call.args[:3])
+    if base is None or (first is None and second is None):
+        return None
+    products = [factor for factor in (first, second) if factor is not None]
+    product = products[0] if len(products) == 1 else products[0] & products[1]
+    return (base | product).expand(call.output.shape)
+
+
 def _clamped(call: _Call) -> Tensor | None:
-    low = call.args[1] if len(call.args) > 1 else call.kwargs.get("min")
-    high = call.args[2] if len(call.args) > 2 else call.kwargs.get("max")
+    limits = dict(zip(("min", "max"), call.args[1:3], strict=False)) | call.kwargs
+    low, high = limits.get("min"), limits.get("max")
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return None
     zero_stays = (low is None or low <= 0) and (high is None or high >= 0)
     return _same(call) if zero_stays else None
+
+
+def _hard_tanh(call: _Call) -> Tensor | None:
+    low = call.args[1] if len(call.args) > 1 else -1
+    high = call.args[2] if len(call.args) > 2 else 1
+    return _same(call) if low <= 0 <= high else None
+
+
+def _clamped_below(call: _Call) -> Tensor | None:
+    low = call.args[1] if len(call.args) > 1 else call.kwargs.get("min")
+    return _same(call) if isinstance(low, (int, float)) and low <= 0 else None
 
 
 def _table() -> dict[Any, Callable[[_Call], Any]]:
@@ -377,14 +439,23 @@ def _table() -> dict[Any, Callable[[_Call], Any]]:
         aten.div_: _quotient,
         aten.clamp: _clamped,
         aten.clamp_: _clamped,
+        aten.clamp_min: _clamped_below,
+        aten.clamp_min_: _clamped_below,
+        aten.hardtanh: _hard_tanh,
+        aten.hardtanh_: _hard_tanh,
+        aten.addcmul: _added_product,
+        aten.as_strided: _restrided,
+        aten.as_strided_: _restrided,
     }
     groups: dict[Callable[[_Call], Any], str] = {
-        _same: "relu relu_ leaky_relu leaky_relu_ silu silu_ gelu hardswish hardswish_ hardtanh hardtanh_ elu elu_ celu "
+        _same: "relu relu_ leaky_relu leaky_relu_ silu silu_ gelu hardswish hardswish_ elu elu_ celu "
         "mish mish_ tanh tanh_ prelu _prelu_kernel neg abs sqrt native_dropout dropout alias detach clone contiguous "
         "_to_copy lift_fresh lift_fresh_copy square",
-        _moved: "view _unsafe_view reshape _reshape_alias permute transpose t slice select split split_with_sizes "
-        "chunk unbind expand unsqueeze squeeze flip roll index_select channel_shuffle native_channel_shuffle "
-        "pixel_shuffle pixel_unshuffle as_strided movedim swapaxes unflatten flatten",
+        _reshaped: "view _unsafe_view reshape _reshape_alias flatten unflatten",
+        _moved: "permute transpose t slice select split split_with_sizes chunk unbind expand repeat unsqueeze squeeze "
+        "flip roll index_select channel_shuffle native_channel_shuffle pixel_shuffle pixel_unshuffle unfold movedim "
+        "swapaxes",
+        _mirrored: "reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d",
         _union: "add add_ sub sub_ maximum minimum",
         _intersection: "mul mul_",
         _reduced: "mean sum amax amin max",
@@ -392,10 +463,11 @@ def _table() -> dict[Any, Callable[[_Call], Any]]:
         "adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d",
         _everything: "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
         "batch_norm instance_norm native_layer_norm native_group_norm sigmoid sigmoid_ hardsigmoid hardsigmoid_ exp "
-        "softplus _softmax softmax _log_softmax log rsqrt reciprocal pow var_mean var std std_mean zeros ones full "
+        "softplus _softmax softmax _log_softmax log rsqrt reciprocal pow var_mean var std std_mean zeros ones full eye "
         "empty zeros_like ones_like full_like empty_like new_zeros new_ones arange eq ne lt le gt ge logical_not "
         "argmax where sort topk copy_ fill_ zero_ rand rand_like randn bernoulli bernoulli_ _local_scalar_dense "
-        "scalar_tensor sin cos erf linspace meshgrid index gather scatter cumsum rsub sym_size floor_divide remainder "
+        "scalar_tensor sin cos erf linspace meshgrid im2col col2im index gather scatter cumsum rsub sym_size "
+        "floor_divide remainder "
         "masked_fill native_dropout_backward logical_and logical_or bitwise_not linalg_vector_norm norm isfinite all "
         "any item",
     }

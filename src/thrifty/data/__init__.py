@@ -1,0 +1,1 @@
+"""Labelled photographs: where they come from, and the batches that models read."""

@@ -4,7 +4,8 @@ resumed in the middle of an epoch, or split over several processes, sees the sam
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from thrifty.data.augment import crop_and_flip, normalise
 from thrifty.data.images import ImageSet
 from thrifty.errors import DataError
+
+Batch = tuple[Tensor, Tensor]
 
 AHEAD = 2
 """Batches that are prepared while the model works on the current one."""
@@ -83,7 +86,7 @@ class EvaluationLoader:
     batch_size: int = 256
 
     def __len__(self) -> int:
-        return -(-len(self.images) // self.batch_size)
+        return math.ceil(len(self.images) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         yield from _ahead(self._batch, range(len(self)))
@@ -98,7 +101,7 @@ def _generator(*parts: object) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*parts))
 
 
-def _ahead(make, indices: range) -> Iterator[tuple[Tensor, Tensor]]:
+def _ahead(make: Callable[[int], Batch], indices: range) -> Iterator[Batch]:
     """`make(i)` for each index, prepared by one thread while the caller is busy; order kept."""
     with ThreadPoolExecutor(1) as pool:
         pending = [pool.submit(make, index) for index in indices[:AHEAD]]

@@ -1,13 +1,15 @@
-"""Where photographs come from: a user's ImageFolder directory, CIFAR-10/100 through torchvision, the embedded sample."""
+"""Where photographs come from: a user's ImageFolder directory, torchvision's CIFAR-10/100, the embedded sample."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torchvision import datasets
 
-from thrifty.data.images import MEMORY_LIMIT, ImageSet, read_images
+from thrifty.data import images
+from thrifty.data.images import ImageSet, image_size, read_images
 from thrifty.errors import DataError
 
 SAMPLE = Path(__file__).parent / "sample"
@@ -45,26 +47,37 @@ def load(source: str, root: str | Path | None = None, split: str = "test", size:
 
 
 def image_folder(directory: str | Path, size: int | None = None) -> ImageSet:
-    """A directory of one directory a class, as torchvision's ImageFolder reads it."""
+    """A directory of one directory a class, as torchvision's ImageFolder reads it.
+
+    Args:
+        directory: holds a directory a class with at least one photograph each.
+        size: height and width in pixels to bring the photographs to; None keeps them, if all are squares of one size.
+
+    Raises:
+        DataError: there are no photographs, or one is unreadable or, with `size` None, of another size than the first.
+    """
     directory = Path(directory)
     try:
         listing = datasets.ImageFolder(str(directory))
-    except FileNotFoundError as error:
+    except OSError as error:
         raise DataError(
             f"{directory} is not a directory of photographs: {error}. Expected: {directory}/<class>/<photograph>.jpg"
         ) from error
     paths = [Path(path) for path, _ in listing.samples]
     labels = torch.tensor(listing.targets)
     names = [str(path.relative_to(directory)) for path in paths]
-    edge = size if size is not None else max(_dimensions(paths[0]))
-    if len(paths) * edge * edge * 3 <= MEMORY_LIMIT:
-        return ImageSet(labels, tuple(listing.classes), names, read_images(paths, size), size=edge)
-    return ImageSet(labels, tuple(listing.classes), names, None, paths, edge)
+    edge = _edge(paths[0]) if size is None else size
+    chosen = ImageSet(labels, tuple(listing.classes), names, None, paths, edge, resize=size is not None)
+    if len(paths) * edge * edge * 3 > images.MEMORY_LIMIT:
+        return chosen
+    return replace(chosen, pixels=read_images(paths, edge, chosen.resize), paths=())
 
 
-def _dimensions(path: Path) -> tuple[int, int]:
-    height, width = read_images([path], None).shape[1:3]
-    return height, width
+def _edge(path: Path) -> int:
+    width, height = image_size(path)
+    if width != height:
+        raise DataError(f"{path} has {width} x {height} px, which is not square. Give a size to bring all to.")
+    return width
 
 
 def _split_directory(root: Path, split: str) -> Path:
@@ -85,7 +98,8 @@ def _cifar(source: str, root: Path, split: str, size: int | None) -> ImageSet:
         data = kind(str(root), train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
         raise DataError(
-            f"{source} is neither in {root} nor could it be downloaded: {error}. Download it elsewhere and unpack it there."
+            f"{source} is neither in {root} nor could it be downloaded: {error}. Download it elsewhere and "
+            "unpack it there."
         ) from error
     pixels = torch.from_numpy(data.data)
     if size is not None and size != pixels.shape[1]:

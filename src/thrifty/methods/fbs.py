@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from thrifty.conversion import Place
 from thrifty.errors import ThriftyError
-from thrifty.gates import GatedConv, Gate, Pair, check_density, kept, mean_magnitude, top_k_mask
+from thrifty.gates import Gate, GatedConv, Pair, check_density, kept, mean_magnitude, top_k_mask
 from thrifty.graph import NORMS_WITH_ACTIVATION, ConvSite, replace_module
 from thrifty.methods.base import MethodConfig
 
@@ -94,10 +94,11 @@ class FBS(MethodConfig):
         places = []
         for site in sites:
             reason, gate_macs = self._refusal(site)
-            if not reason:
-                self._gate(model, site)
             places.append(Place(site.name, not reason, reason or site.limit, site.macs, 0 if reason else gate_macs))
         self._check_patterns(self.density, [place.name for place in places if place.gated])
+        for site, place in zip(sites, places, strict=True):  # after the check: an error leaves the model untouched
+            if place.gated:
+                self._gate(model, site)
         return tuple(places)
 
     def regularization(self, model: Dynamic) -> Tensor:
@@ -109,6 +110,8 @@ class FBS(MethodConfig):
         """Change the density of all layers, or of those whose names a pattern fits; others keep theirs."""
         gates = _gates(model)
         self._check_patterns(density, list(gates))
+        for wanted in density.values() if isinstance(density, Mapping) else (density,):
+            check_density(wanted)
         for name, gate in gates.items():
             value = _look_up(density, name)
             if value is not None:
@@ -163,7 +166,8 @@ class FBS(MethodConfig):
             replace_module(model, site.norm, _detach_activation(norm))
         self._initialise(gate, norm)
         gated = GatedConv(conv, norm, gate)
-        gated.train(conv.training)
+        gate.train(conv.training)  # the convolution and the norm keep their own modes: frozen statistics stay frozen
+        gated.training = conv.training
         if norm is not None:
             gated.register_load_state_dict_post_hook(_after_load)
         replace_module(model, site.name, gated)
@@ -252,9 +256,10 @@ def _look_up(density: Density, name: str) -> float | None:
 def _detach_activation(norm: Any) -> nn.Module:
     """What stays where a normalisation was moved away: nothing, or the activation that was part of it."""
     if type(norm).__name__ not in NORMS_WITH_ACTIVATION:
-        return nn.Identity()
-    rest = nn.Sequential(norm.drop, norm.act).train(norm.training)
-    norm.drop, norm.act = nn.Identity(), nn.Identity()
+        return nn.Identity().train(norm.training)
+    rest = nn.Sequential(norm.drop, norm.act)
+    rest.training = norm.training
+    norm.drop, norm.act = nn.Identity().train(norm.training), nn.Identity().train(norm.training)
     return rest
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from thrifty.errors import RecipeError
+from thrifty.errors import RecipeError, ThriftyError
 from thrifty.methods import METHODS, MethodConfig, method_config
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -20,11 +20,19 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 5e-4 is a number, as YAML 1.2 has it (PyYAML's 1.1 rules make it a string)."""
+    """YAML in which no key comes twice and 5e-4 is a number, as YAML 1.2 has it (1.1, which PyYAML reads, has not)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The node's mapping; a key that comes twice is an error."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"{', '.join(twice)} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 
@@ -33,7 +41,7 @@ def _parse(text: str) -> Any:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelSection(_Section):
@@ -41,7 +49,9 @@ class ModelSection(_Section):
 
     net: str
     arguments: dict[str, Any] = {}
-    weights: str | None = Field(None, description="zoo name or safetensors file of a dense or dynamic model to start from")
+    weights: str | None = Field(
+        None, description="zoo name or safetensors file of a dense or dynamic model to start from"
+    )
 
 
 class DataSection(_Section):
@@ -69,15 +79,23 @@ class OptimiserSection(_Section):
     momentum: Share = 0.9
     nesterov: bool = True
     weight_decay: NonNegative = 5e-4
-    gate_learning_rate: NonNegative = Field(1.0, description="learning rate of gates, as a multiple of the others'")
+    gate_learning_rate: NonNegative = Field(
+        default=1.0, description="learning rate of gates, as a multiple of the others'"
+    )
     clip_norm: Positive | None = None
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> OptimiserSection:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs momentum above 0; set nesterov: false")
+        return self
 
 
 class ScheduleSection(_Section):
     """Learning rate over the run."""
 
     kind: Literal["cosine", "onecycle", "constant"] = "cosine"
-    warmup: NonNegative = Field(0.0, description="epochs in which the rate rises from a 25th of its peak")
+    warmup: NonNegative = Field(default=0.0, description="epochs in which the rate rises from a 25th of its peak")
 
 
 class DistillSection(_Section):
@@ -91,7 +109,7 @@ class DistillSection(_Section):
 class CheckpointSection(_Section):
     """When the state of the run is saved; whichever comes first."""
 
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(default=1, ge=1)
     minutes: Positive = 10.0
 
 
@@ -126,9 +144,13 @@ class Recipe(_Section):
             return None
         settings = dict(self.method)
         name = settings.pop("name", None)
-        if name not in METHODS:
+        if not isinstance(name, str) or name not in METHODS:
             raise ValueError(f"method.name is {name!r}; choose one of: {', '.join(METHODS)}")
-        return method_config(name, settings)
+        _check_types(METHODS[name], settings)
+        try:
+            return method_config(name, settings)
+        except ThriftyError as error:
+            raise ValueError(f"method: {str(error).removesuffix('.')}") from error
 
 
 def load_recipe(source: str | Path, changes: Sequence[str] = ()) -> Recipe:
@@ -153,17 +175,33 @@ def shipped_recipes() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in directory.iterdir() if entry.name.endswith(".yaml"))
 
 
+def _check_types(kind: type[MethodConfig], settings: Mapping[str, Any]) -> None:
+    """Compare settings with the types of the config's fields; unknown settings are left to the config to name."""
+    hints = get_type_hints(kind) | {"version": int}
+    for key, value in settings.items():
+        if key not in hints:
+            continue
+        given = tuple(value) if isinstance(value, list) else value
+        try:
+            TypeAdapter(hints[key], config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(given)
+        except ValidationError as error:
+            message = error.errors()[0]["msg"]
+            raise ValueError(f"method.{key}: {message[0].lower()}{message[1:]}, not {value!r}") from None
+
+
 def _read(source: str | Path) -> dict[str, Any]:
     path: Any = Path(source)
-    if not path.is_file():
-        path = resources.files("thrifty") / "recipes" / f"{source}.yaml"
-    if not path.is_file():
-        raise RecipeError(
-            f"there is no recipe {source}: neither a file nor one of the shipped: {', '.join(shipped_recipes())}."
-        )
     try:
+        if not path.is_file():
+            path = resources.files("thrifty") / "recipes" / f"{source}.yaml"
+        if not path.is_file():
+            raise RecipeError(
+                f"there is no recipe {source}: neither a file nor one of the shipped: {', '.join(shipped_recipes())}."
+            )
         settings = _parse(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise RecipeError(f"recipe {source} cannot be read: {error.strerror or error}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"recipe {source} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise RecipeError(f"recipe {source} must be a mapping of settings, but is a {type(settings).__name__}.")

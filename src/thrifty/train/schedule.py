@@ -13,6 +13,11 @@ START = 1 / 25
 class LearningRate:
     """Rate relative to the peak, by step.
 
+    Attributes:
+        kind: `cosine`, `onecycle` or `constant`.
+        steps: of the whole run.
+        warmup: steps in which the rate rises to the peak.
+
     `cosine` falls from 1 to 0 along half a cosine after `warmup` steps of linear rise; `onecycle` rises along a cosine
     and falls along one (Smith, Topin, 'Super-Convergence', arXiv 1708.07120, without the momentum cycle);
     `constant` stays at 1 after warm-up.
@@ -23,6 +28,7 @@ class LearningRate:
     warmup: int
 
     def __call__(self, step: int) -> float:
+        """Rate of `step`, counted from 0, as a share of the peak rate, in [0, 1]."""
         if step < self.warmup:
             rise = (step + 1) / self.warmup
             if self.kind == "onecycle":

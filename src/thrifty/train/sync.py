@@ -18,9 +18,12 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d whose training statistics are those of the global batch; every process must hold as many inputs."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [N, C, H, W]: by the statistics of all processes in training, by the running ones else."""
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(x)
         self._check_input_dim(x)
+        kind = x.dtype
+        x = x.to(torch.promote_types(kind, torch.float32))  # half precision can't hold sums over a batch
         count = x.numel() // x.shape[1] * dist.get_world_size()
         mean = all_reduce(x.sum((0, 2, 3))) / count
         centred = x - mean[:, None, None]
@@ -29,7 +32,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         y = centred * torch.rsqrt(variance + self.eps)[:, None, None]
         if self.affine:
             y = y * self.weight[:, None, None] + self.bias[:, None, None]
-        return y
+        return y.to(kind)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, count: int) -> None:

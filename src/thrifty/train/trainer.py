@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,40 +11,42 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from thrifty.convert import convert
-from thrifty.data import loader, sources
-from thrifty.data.images import ImageSet
+from thrifty.data import loader
+from thrifty.data.augment import normalise
 from thrifty.dynamic import Dynamic
-from thrifty.errors import CheckpointError, NonFiniteError
+from thrifty.errors import NonFiniteError
 from thrifty.evaluate import accuracy
-from thrifty.gates import Gate
+from thrifty.files import clear_partial
 from thrifty.macs import count_macs
 from thrifty.train import checkpoint
+from thrifty.train.build import build_model, build_teacher, check_logits, load_data
 from thrifty.train.checkpoint import Position
+from thrifty.train.finite import first_non_finite, non_finite_tensor
+from thrifty.train.interrupt import Interrupt
 from thrifty.train.log import RunLog
+from thrifty.train.losses import classification_loss, distillation_loss
+from thrifty.train.optimiser import make_average, make_optimiser
 from thrifty.train.recipe import Recipe
+from thrifty.train.resume import check_new, check_position, load_run
 from thrifty.train.schedule import LearningRate
 from thrifty.train.sync import synchronise_batch_norm
-from thrifty.zoo.resolve import build_net
-from thrifty.zoo.store import ModelCard, load_into, load_model, save_model
-
-FREE = ("data.root", "threads", "checkpoint", "epochs")
-"""Settings that may differ when a run is resumed (`epochs` only where the rate doesn't depend on it)."""
+from thrifty.zoo.store import ModelCard, save_model
 
 MACS_PHOTOGRAPHS = 64
 """Photographs of the validation set on which mean MACs are counted after each epoch."""
 
 
 class Observer(Protocol):
-    """What the trainer tells about its progress."""
+    """What the trainer tells about its progress, in the main process alone."""
 
-    def step(self, position: Position, status: dict[str, float]) -> None: ...
-    def epoch(self, row: dict[str, Any]) -> None: ...
+    def step(self, position: Position, status: dict[str, float]) -> None:
+        """After each step: where the run stands, the epoch's loss and accuracy so far, a dynamic model's density."""
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """After each epoch: its row of the log."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,18 @@ class Trainer:
 
     Files: `recipe.yaml` (as run), `log.csv` (a row an epoch), `tensorboard/`, `checkpoint.safetensors`, and at the
     end `model.safetensors`.
+
+    Args:
+        recipe: what to train.
+        directory: where the run's files are, made when needed.
+        resume: go on from the checkpoint in `directory`.
+        observer: is told about progress.
+
+    Raises:
+        CheckpointError: the directory holds a run already, or none to resume, or one with other settings; or the
+            weights to start from, or the teacher, don't fit.
+        DataError: photographs are missing or unreadable, or too few for a batch.
+        RecipeError: the network doesn't take the photographs or doesn't give logits.
     """
 
     def __init__(self, recipe: Recipe, directory: Path, resume: bool = False, observer: Observer | None = None) -> None:
@@ -66,18 +81,27 @@ class Trainer:
         self.directory = directory
         self.observer = observer
         self.checkpoint_path = directory / "checkpoint.safetensors"
-        self._check_directory(resume)
+        self.position = Position()
+        rows: list[dict[str, Any]] = []
+        if resume:
+            self.position, rows = load_run(recipe, directory, self.checkpoint_path)
+        else:
+            check_new(directory, self.checkpoint_path)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
-        torch.set_flush_denormal(True)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.log = RunLog(directory, main=self.accelerator.is_main_process)
+        self.log.rows = rows
+        self.interrupt = Interrupt()
+        self.stopping = False
+        self.begun = self.saved = time.monotonic()
+        with _denormals_flushed():
+            self._set_up(resume)
+
+    def _set_up(self, resume: bool) -> None:
+        recipe, device = self.recipe, self.accelerator.device
         torch.manual_seed(loader.seed_of("weights", recipe.seed))
-        self.training, self.validation = self._data()
-        self.method = recipe.method_config()
-        self.model = self._build()
-        self.teacher = self._teacher()
-        self.optimiser = self._optimiser()
-        self.average = self._average()
+        self.training, self.validation = load_data(recipe)
         self.loader = loader.TrainingLoader(
             self.training,
             recipe.batch_size,
@@ -90,152 +114,69 @@ class Trainer:
             self.accelerator.num_processes,
         )
         steps = len(self.loader)
-        self.rate = LearningRate(recipe.schedule.kind, recipe.epochs * steps, round(recipe.schedule.warmup * steps))
-        self.position = Position()
-        self.log = RunLog(directory, main=self.accelerator.is_main_process)
+        self.total = recipe.epochs * steps
+        self.rate = LearningRate(recipe.schedule.kind, self.total, round(recipe.schedule.warmup * steps))
         if resume:
-            _, self.position, rows = checkpoint.peek(self.checkpoint_path)
+            check_position(recipe, self.checkpoint_path, self.position, self.log.rows, steps)
+        self.method = recipe.method_config()
+        self.model = build_model(recipe, self.training).to(device).to(memory_format=torch.channels_last)
+        if self.accelerator.num_processes > 1:
+            synchronise_batch_norm(self.model)
+        teacher = build_teacher(recipe, self.training)
+        if teacher is not None:
+            teacher = teacher.to(device).to(memory_format=torch.channels_last)
+        self.teacher = self._compiled(teacher)
+        self.optimiser = make_optimiser(self.model, recipe.optimiser)
+        self.average = None if recipe.ema is None else make_average(self.model, recipe.ema)
+        if resume:
             self._set_density()
             checkpoint.restore(self.checkpoint_path, self._modules(), self.optimiser)
-            self.log.rows = rows
-        if self.accelerator.is_main_process:
-            self.log.start(recipe.model_dump(mode="json"), self.position.epoch)
         wrapped, self.optimiser = self.accelerator.prepare(self.model, self.optimiser)
-        self.step_model = torch.compile(wrapped) if recipe.compile else wrapped
+        self.step_model = self._compiled(wrapped)
 
-    # ------------------------------------------------------------------------------------------------ set-up
-
-    def _check_directory(self, resume: bool) -> None:
-        if not resume:
-            if self.checkpoint_path.exists():
-                raise CheckpointError(
-                    f"{self.directory} holds a run already. Go on with --resume, or choose another place with --output."
-                )
-            return
-        kept, _, _ = checkpoint.peek(self.checkpoint_path)
-        mine = self.recipe.model_dump(mode="json")
-        free = FREE if self.recipe.schedule.kind == "constant" else FREE[:-1]
-        differing = sorted(
-            key for key, value in _flat(mine).items() if value != _flat(kept).get(key) and not key.startswith(free)
-        )
-        if differing:
-            raise CheckpointError(
-                f"{self.directory} was started with other settings of {', '.join(differing)}. "
-                "Resume with the old ones, or start a new run with --output."
-            )
-
-    def _data(self) -> tuple[ImageSet, ImageSet]:
-        section = self.recipe.data
-        images = sources.load(section.source, section.root, "train", section.size)
-        return loader.split(images, section.validation, seed=0)
-
-    def _build(self) -> nn.Module:
-        section = self.recipe.model
-        classes = self.training.classes
-        model = build_net(section.net, **section.arguments)
-        example = self._example()
-        start = None
-        if section.weights is not None:
-            start, card = load_model(section.weights)
-            if card.method is None:
-                load_into(model, start.state_dict(), section.weights)
-        outputs = model.eval()(example).shape[-1]
-        if outputs != len(classes):
-            raise CheckpointError(
-                f"network {section.net} gives {outputs} logits, the data has {len(classes)} classes. "
-                "Set the number of classes in model.arguments."
-            )
-        if self.method is not None:
-            model = convert(model, self.method, example=example, inplace=True)
-        if start is not None and isinstance(start, Dynamic):
-            load_into(model, start.state_dict(), section.weights)
-        model.train().to(self.accelerator.device, memory_format=torch.channels_last)
-        if self.accelerator.num_processes > 1:
-            synchronise_batch_norm(model)
-        return model
-
-    def _example(self) -> Tensor:
-        section = self.recipe.data
-        pixels = self.training.images(torch.arange(1))
-        return loader.normalise(pixels, section.mean, section.std)
-
-    def _teacher(self) -> nn.Module | None:
-        if self.recipe.distill is None:
-            return None
-        teacher, _ = load_model(self.recipe.distill.teacher)
-        return teacher.eval().requires_grad_(False).to(self.accelerator.device, memory_format=torch.channels_last)
-
-    def _optimiser(self) -> torch.optim.Optimizer:
-        section = self.recipe.optimiser
-        gates = {id(p) for module in self.model.modules() if isinstance(module, Gate) for p in module.parameters()}
-        decayed, undecayed, gated = [], [], []
-        for parameter in self.model.parameters():
-            if not parameter.requires_grad:
-                continue
-            if id(parameter) in gates:
-                gated.append(parameter)
-            else:
-                (decayed if parameter.ndim > 1 else undecayed).append(parameter)
-        groups = [
-            {"params": decayed, "scale": 1.0},
-            {"params": undecayed, "weight_decay": 0.0, "scale": 1.0},
-            {"params": gated, "weight_decay": 0.0, "scale": section.gate_learning_rate},
-        ]
-        return torch.optim.SGD(
-            [group for group in groups if group["params"]],
-            lr=section.learning_rate,
-            momentum=section.momentum,
-            nesterov=section.nesterov,
-            weight_decay=section.weight_decay,
-        )
-
-    def _average(self) -> AveragedModel | None:
-        if self.recipe.ema is None:
-            return None
-        return AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.recipe.ema), use_buffers=True)
+    def _compiled(self, model: Any) -> Any:
+        return torch.compile(model) if self.recipe.compile and model is not None else model
 
     def _modules(self) -> dict[str, nn.Module]:
         return {"model": self.model} | ({} if self.average is None else {"average": self.average})
 
-    # ---------------------------------------------------------------------------------------------- the loop
-
     def run(self) -> Outcome:
         """Train to the end, then write the weights.
 
+        Ctrl-C is met after the step that is under way: the state is saved and KeyboardInterrupt raised. A second
+        Ctrl-C stops at once, and what was done since the last checkpoint is lost.
+
         Raises:
-            NonFiniteError: the loss became NaN or infinite; the last checkpoint stays as it is.
+            NonFiniteError: the loss or a weight became NaN or infinite; the last checkpoint stays as it is.
+            ThriftyError: a file cannot be written; the last checkpoint stays as it is.
         """
-        saved = time.monotonic()
-        with self.log:
+        with _denormals_flushed(), self.log, self.interrupt:
+            if self.accelerator.is_main_process:
+                clear_partial(self.checkpoint_path)
+            self.log.start(self.recipe.model_dump(mode="json"), self.position.epoch)
             while self.position.epoch < self.recipe.epochs:
-                saved = self._epoch(saved)
+                self._epoch()
         return self._finish()
 
-    def _epoch(self, saved: float) -> float:
+    def _epoch(self) -> None:
         steps = len(self.loader)
-        with _timed() as clock:
-            for x, y in self.loader.epoch(self.position.epoch, self.position.step):
-                loss, correct = self._step(x, y)
-                old = self.position
-                self.position = replace(
-                    old,
-                    step=old.step + 1,
-                    loss_sum=old.loss_sum + loss,
-                    correct=old.correct + correct,
-                    seen=old.seen + len(y),
-                )
-                self._report()
-                if time.monotonic() - saved > 60 * self.recipe.checkpoint.minutes and self.position.step < steps:
-                    self._save(clock())
-                    saved = time.monotonic()
-        self._end_epoch(clock())
+        self.begun = time.monotonic() - self.position.seconds
+        for x, y in self.loader.epoch(self.position.epoch, self.position.step):
+            self._step(x, y)
+            self._report()
+            if self.position.step < steps:
+                if self.stopping:
+                    self._stop()
+                if time.monotonic() - self.saved > 60 * self.recipe.checkpoint.minutes:
+                    self._save()
+        self._end_epoch()
         last = self.position.epoch == self.recipe.epochs
+        if self.stopping and not last:
+            self._stop()
         if last or self.position.epoch % self.recipe.checkpoint.epochs == 0:
             self._save()
-            saved = time.monotonic()
-        return saved
 
-    def _step(self, x: Tensor, y: Tensor) -> tuple[float, int]:
+    def _step(self, x: Tensor, y: Tensor) -> None:
         done = self._done()
         self._set_density()
         factor = self.rate(done)
@@ -243,14 +184,16 @@ class Trainer:
             group["lr"] = self.recipe.optimiser.learning_rate * factor * group["scale"]
         torch.manual_seed(loader.seed_of("step", self.recipe.seed, done, self.accelerator.process_index))
         x, y = x.to(self.accelerator.device), y.to(self.accelerator.device)
-        logits = self.step_model(x)
+        logits = check_logits(self.step_model(x), self.recipe.model.net)
         loss = self._loss(logits, x, y)
-        value = loss.item()
-        if not torch.isfinite(loss):
+        value, correct = loss.item(), int((logits.detach().argmax(1) == y).sum())
+        self._count(value, correct, len(y))
+        if not math.isfinite(self.position.loss_sum):
+            place = first_non_finite(self.model, x)  # in every process, for they share batch statistics
+            what = f"{value}" if not math.isfinite(value) else "not finite in another process"
             raise NonFiniteError(
-                f"the loss is {value} at epoch {self.position.epoch + 1}, step {self.position.step + 1}: "
-                f"{first_non_finite(self.model, x)}. The last checkpoint is untouched; try a lower learning rate or "
-                "optimiser.clip_norm."
+                f"the loss is {what} at epoch {self.position.epoch + 1}, step {self.position.step}: {place}. "
+                "The last checkpoint is untouched; try a lower learning rate or optimiser.clip_norm."
             )
         self.optimiser.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
@@ -259,16 +202,28 @@ class Trainer:
         self.optimiser.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
-        return value, int((logits.detach().argmax(1) == y).sum())
+
+    def _count(self, loss: float, correct: int, seen: int) -> None:
+        """Add a step of all processes to the position, and learn whether one of them was asked to stop."""
+        asked = self.interrupt.asked
+        if self.accelerator.num_processes > 1:
+            mine = torch.tensor([loss, correct, seen, asked], dtype=torch.float64, device=self.accelerator.device)
+            losses, right, all_seen, asking = self.accelerator.reduce(mine, reduction="sum").tolist()
+            loss = losses / self.accelerator.num_processes
+            correct, seen, asked = int(right), int(all_seen), asking > 0
+        at = self.position
+        self.position = replace(
+            at, step=at.step + 1, loss_sum=at.loss_sum + loss, correct=at.correct + correct, seen=at.seen + seen
+        )
+        self.stopping = asked
 
     def _loss(self, logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        loss = F.cross_entropy(logits, y, label_smoothing=self.recipe.label_smoothing)
+        loss = classification_loss(logits, y, self.recipe.label_smoothing)
         section = self.recipe.distill
         if self.teacher is not None and section is not None:
             with torch.no_grad():
-                target = F.log_softmax(self.teacher(x) / section.temperature, 1)
-            student = F.log_softmax(logits / section.temperature, 1)
-            soft = F.kl_div(student, target, reduction="batchmean", log_target=True) * section.temperature**2
+                taught = self.teacher(x)
+            soft = distillation_loss(logits, taught, section.temperature)
             loss = (1 - section.weight) * loss + section.weight * soft
         if isinstance(self.model, Dynamic):
             loss = loss + self.model.regularization()
@@ -278,9 +233,10 @@ class Trainer:
         return self.position.epoch * len(self.loader) + self.position.step
 
     def _set_density(self) -> None:
-        if self.method is not None and isinstance(self.model, Dynamic):
-            total = self.recipe.epochs * len(self.loader)
-            self.method.advance(self.model, self._done() / total)
+        averages = [] if self.average is None else [self.average.module]
+        for model in (self.model, *averages):
+            if self.method is not None and isinstance(model, Dynamic):
+                self.method.advance(model, self._done() / self.total)
 
     def _report(self) -> None:
         if self.observer is not None and self.accelerator.is_main_process:
@@ -290,17 +246,17 @@ class Trainer:
                 status["density"] = self.model.density
             self.observer.step(at, status)
 
-    def _end_epoch(self, seconds: float) -> None:
-        at = self.position
-        total = self.accelerator.reduce(
-            torch.tensor([at.loss_sum / at.step, at.correct, at.seen], dtype=torch.float64), reduction="sum"
-        )
+    def _end_epoch(self) -> None:
+        at = replace(self.position, seconds=time.monotonic() - self.begun)
+        self._check_weights()
+        if self._done() == self.total:
+            self._set_density()  # the schedule's end, which a descent to the last step has not reached yet
         row: dict[str, Any] = {
             "epoch": at.epoch + 1,
-            "seconds": round(at.seconds + seconds, 1),
+            "seconds": round(at.seconds, 1),
             "learning_rate": self.recipe.optimiser.learning_rate * self.rate(self._done() - 1),
-            "loss": total[0].item() / self.accelerator.num_processes,
-            "accuracy": total[1].item() / total[2].item(),
+            "loss": at.loss_sum / at.step,
+            "accuracy": at.correct / at.seen,
         }
         evaluated = self._evaluated()
         if isinstance(evaluated, Dynamic):
@@ -310,24 +266,47 @@ class Trainer:
             held = loader.EvaluationLoader(self.validation, section.mean, section.std)
             row["validation_accuracy"] = accuracy(evaluated, held, self.accelerator.device)
             few = self.validation.images(torch.arange(min(MACS_PHOTOGRAPHS, len(self.validation))))
-            few = loader.normalise(few, section.mean, section.std).to(self.accelerator.device)
+            few = normalise(few, section.mean, section.std).to(self.accelerator.device)
             row["validation_macs"] = count_macs(evaluated, few).mean
         self.position = Position(at.epoch + 1, 0, row["seconds"])
-        if self.accelerator.is_main_process:
-            self.log.add(row)
-            if self.observer is not None:
-                self.observer.epoch(row)
+        self.begun = time.monotonic() - self.position.seconds
+        self.log.add(row)
+        if self.observer is not None and self.accelerator.is_main_process:
+            self.observer.epoch(row)
 
     def _evaluated(self) -> nn.Module:
         return self.model if self.average is None else self.average.module
 
-    def _save(self, seconds: float = 0.0) -> None:
+    def _check_weights(self) -> None:
+        for module in self._modules().values():
+            name = non_finite_tensor(module)
+            if name is not None:
+                raise NonFiniteError(
+                    f"{name} has NaN or infinite values after epoch {self.position.epoch + 1}, step "
+                    f"{self.position.step}. The last checkpoint is untouched; try a lower learning rate or "
+                    "optimiser.clip_norm."
+                )
+
+    def _save(self) -> None:
+        self._check_weights()
         if self.accelerator.is_main_process:
-            position = replace(self.position, seconds=self.position.seconds + seconds)
+            position = replace(self.position, seconds=time.monotonic() - self.begun)
             recipe = self.recipe.model_dump(mode="json")
             checkpoint.save(
-                self.checkpoint_path, recipe, position, self.log.rows, self._modules(), self.optimiser
+                self.checkpoint_path,
+                recipe=recipe,
+                position=position,
+                rows=self.log.rows,
+                modules=self._modules(),
+                optimiser=self.optimiser,
             )
+        self.saved = time.monotonic()
+
+    def _stop(self) -> None:
+        self._save()
+        self.accelerator.wait_for_everyone()  # else a launcher could end the process that is writing
+        at = self.position
+        raise KeyboardInterrupt(f"stopped after {at.epoch} epochs and {at.step} steps. Go on with --resume.")
 
     def _finish(self) -> Outcome:
         section = self.recipe.data
@@ -348,40 +327,12 @@ class Trainer:
         return Outcome(path, self.log.rows[-1])
 
 
-def first_non_finite(model: nn.Module, x: Tensor) -> str:
-    """Where NaN or infinity first appears when `model` computes `x`: input, a weight, or a layer's output, by name."""
-    if not x.isfinite().all():
-        return "the input has it already"
-    for name, tensor in model.state_dict().items():
-        if not tensor.isfinite().all():
-            return f"{name} has it"
-    found: list[str] = []
-
-    def look(name: str):
-        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
-            if isinstance(output, Tensor) and not found and not output.isfinite().all():
-                found.append(name)
-
-        return hook
-
-    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return f"it first appears in the output of {found[0]}" if found else "every layer's output is finite, the loss is not"
-
-
 @contextmanager
-def _timed() -> Iterator[Any]:
-    start = time.monotonic()
-    yield lambda: time.monotonic() - start
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def _denormals_flushed() -> Iterator[None]:
+    # Trained gates drive weights to denormals, with which a CPU computes many times slower.
+    before = bool(torch.tensor(2e-38).div(4) == 0)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)

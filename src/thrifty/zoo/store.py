@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from thrifty.convert import convert
 from thrifty.errors import CheckpointError
-from thrifty.files import replacing
+from thrifty.files import replacing, sha256
 from thrifty.methods import method_config
 from thrifty.zoo.nets import NETS, build
+from thrifty.zoo.records import record, records
 
 FORMAT = 1
-WEIGHTS = Path(__file__).parent / "weights"
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,13 @@ def find_weights(source: str | Path) -> Path:
     path = Path(source)
     if path.is_file():
         return path
-    shipped = WEIGHTS / f"{source}.safetensors"
-    if shipped.is_file():
-        return shipped
-    known = ", ".join(sorted(file.stem for file in WEIGHTS.glob("*.safetensors")))
-    raise CheckpointError(f"there is no model {source}: neither a file nor one of the zoo's: {known or 'none yet'}.")
+    names = [known.name for known in records()]
+    if str(source) not in names:
+        raise CheckpointError(f"there is no model {source}: neither a file nor one of the zoo's: {', '.join(names)}.")
+    found = record(str(source))
+    if sha256(found.path) != found.sha256:
+        raise CheckpointError(f"{found.path} is not the file that its record describes. Install thrifty anew.")
+    return found.path
 
 
 def read_card(path: str | Path) -> ModelCard:

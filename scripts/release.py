@@ -1,0 +1,104 @@
+"""Put a finished run's weights into the zoo, with their record. The test photographs are looked at here, and once.
+
+Usage: python scripts/release.py RUN --root DATA [--name NAME]
+RUN is the directory of a finished `thrifty train`; DATA holds test/<class>/*.jpg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from thrifty import count_macs
+from thrifty.cli.doctor import examine
+from thrifty.cli.options import photographs
+from thrifty.errors import ThriftyError
+from thrifty.evaluate import evaluate
+from thrifty.files import replacing, sha256
+from thrifty.train import checkpoint
+from thrifty.zoo.nets import build
+from thrifty.zoo.records import WEIGHTS, Record
+from thrifty.zoo.store import load_model
+
+DESCRIPTIONS = {
+    "folder": "CIFAR-10 with the standard split, as JPEG of quality 75 with subsampled chroma: figures lie a little "
+    "under those on the original bytes, and compare only with models of the same files.",
+    "cifar10": "CIFAR-10, original bytes.",
+}
+
+
+def main() -> None:
+    """Evaluate, copy the weights, write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--name")
+    arguments = parser.parse_args()
+    recipe = yaml.safe_load((arguments.run / "recipe.yaml").read_text(encoding="utf-8"))
+    name = arguments.name or recipe["name"]
+    _, position, rows = checkpoint.peek(arguments.run / "checkpoint.safetensors")
+    if position.epoch < recipe["epochs"]:
+        raise ThriftyError(f"{arguments.run} has {position.epoch} of {recipe['epochs']} epochs: finish it first.")
+    source = arguments.run / "model.safetensors"
+    model, card = load_model(source)
+    loader = photographs(card, "folder", arguments.root)
+    result = evaluate(model, loader)
+    lineage = _lineage(recipe)
+    with replacing(WEIGHTS / f"{name}.safetensors") as temporary:
+        shutil.copyfile(source, temporary)
+    x = torch.zeros(1, 3, card.size, card.size)
+    record = Record(
+        name=name,
+        net=card.net,
+        method=card.method,
+        recipe=recipe["name"],
+        lineage=tuple(name for name, _ in lineage),
+        data={
+            "description": DESCRIPTIONS[recipe["data"]["source"]],
+            "source": recipe["data"]["source"],
+            "validation_share": recipe["data"]["validation"],
+            "test": len(result.labels),
+        },
+        seed=recipe["seed"],
+        epochs=recipe["epochs"],
+        total_epochs=recipe["epochs"] + sum(epochs for _, epochs in lineage),
+        accuracy=result.accuracy,
+        validation_accuracy=rows[-1]["validation_accuracy"],
+        macs=result.macs.mean,
+        macs_percentiles=(result.macs.percentile(5), result.macs.percentile(95)),
+        dense_macs=int(count_macs(build(card.net, **card.arguments), x).total[0]),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        made_with=_environment(recipe),
+        sha256=sha256(source),
+    )
+    record.write()
+    print(f"{name}: {record.accuracy:.4f} on {record.data['test']} photographs, {result.macs}")
+
+
+def _lineage(recipe: dict[str, Any]) -> list[tuple[str, int]]:
+    """Names and epochs of the runs that the recipe's weights come from, oldest first."""
+    weights = recipe["model"]["weights"]
+    if weights is None:
+        return []
+    parent = yaml.safe_load((Path(weights).parent / "recipe.yaml").read_text(encoding="utf-8"))
+    return [*_lineage(parent), (parent["name"], parent["epochs"])]
+
+
+def _environment(recipe: dict[str, Any]) -> dict[str, Any]:
+    machine = examine()["machine"]
+    return {
+        "CPU": f"{machine['CPU']} ({', '.join(machine['features'])})",
+        "threads": recipe["threads"],
+        "python": platform.python_version(),
+        "torch": torch.__version__.partition("+")[0],
+    }
+
+
+if __name__ == "__main__":
+    main()

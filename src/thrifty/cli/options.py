@@ -1,0 +1,66 @@
+"""Options that several commands share, and what they stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from thrifty.errors import ThriftyError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from thrifty.data.loader import EvaluationLoader
+    from thrifty.zoo.store import ModelCard
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Model = Annotated[str, typer.Argument(help="A zoo model's name (see `thrifty zoo`) or a model.safetensors file.")]
+Net = Annotated[
+    str | None,
+    typer.Option(
+        help="The dense network of a file that is not of a zoo network: torchvision:NAME, timm:NAME or module:function."
+    ),
+]
+Density = Annotated[
+    float | None, typer.Option(help="Run a dynamic model at this density, in (0, 1], instead of its own.")
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")]
+
+
+def open_model(source: str, net: str | None, density: float | None) -> tuple[nn.Module, ModelCard]:
+    """The model that a command was asked for, in evaluation mode, at the density asked for."""
+    from thrifty.dynamic import Dynamic  # noqa: PLC0415 (torch is imported by commands that need it)
+    from thrifty.zoo.resolve import build_net  # noqa: PLC0415
+    from thrifty.zoo.store import load_model  # noqa: PLC0415
+
+    model, card = load_model(source, None if net is None else build_net(net))
+    if density is not None:
+        if not isinstance(model, Dynamic):
+            raise ThriftyError(f"--density was given, but {source} is a dense model.")
+        model.set_density(density)
+    return model, card
+
+
+def set_threads(threads: int | None) -> None:
+    """Limit torch's CPU threads, and flush denormals, which trained gates drive weights to."""
+    import torch  # noqa: PLC0415
+
+    torch.set_flush_denormal(True)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def photographs(card: ModelCard, source: str, root: Path | None, split: str = "test") -> EvaluationLoader:
+    """Labelled photographs, prepared as the model wants them; classes must be the model's, in its order."""
+    from thrifty.data import sources  # noqa: PLC0415
+    from thrifty.data.loader import EvaluationLoader  # noqa: PLC0415
+
+    images = sources.load(source, root, split, card.size)
+    if images.classes != card.classes:
+        raise ThriftyError(
+            f"the data's classes ({', '.join(images.classes[:12])}) are not the model's "
+            f"({', '.join(card.classes[:12])}). Give photographs of the model's classes, in directories of these names."
+        )
+    return EvaluationLoader(images, card.mean, card.std)

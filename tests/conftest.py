@@ -1,0 +1,39 @@
+"""What all tests share: threads, seeds, and the coverage that conversions reach, told at the end of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+COVERAGE = pytest.StashKey[dict[str, str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    config.stash[COVERAGE] = {}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    """Every test starts from the same random state and leaves the number of threads as it was."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def report_coverage(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Tells a network's coverage at the end of the run."""
+    return request.config.stash[COVERAGE].__setitem__
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    lines = config.stash[COVERAGE]
+    if lines and config.get_verbosity() >= 0:
+        terminalreporter.section("share of MACs that convert gates")
+        for name, text in lines.items():
+            terminalreporter.write_line(f"{name:36} {text}")

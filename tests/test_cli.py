@@ -1,0 +1,159 @@
+"""The commands as a user types them: what they print, and how they fail."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import thrifty
+from thrifty.data.sources import SAMPLE
+
+COMMANDS = ("demo", "train", "eval", "convert", "predict", "zoo", "doctor")
+FBS_MODEL = "resnet20-cifar10-fbs"
+DENSE_MODEL = "resnet20-cifar10"
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "thrifty", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def output(*arguments: str, cwd: Path | None = None) -> str:
+    done = run(*arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_tells_what_a_command_does(command: str) -> None:
+    text = output(command, "--help")
+    assert "Usage: thrifty" in text or f"thrifty {command}" in text
+    assert len(text) > 200
+
+
+def test_version() -> None:
+    assert output("--version").strip() == f"thrifty {thrifty.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (("eval", "no-such-model"), 1, "no model no-such-model"),
+        (("eval", DENSE_MODEL, "--data", "nowhere"), 1, "no data source 'nowhere'"),
+        (("eval", DENSE_MODEL, "--data", "folder", "--root", "/nowhere"), 1, "no directory /nowhere"),
+        (("eval", DENSE_MODEL, "--density", "0.5"), 1, "is a dense model"),
+        (("eval", FBS_MODEL, "--density", "1.5"), 1, "density is 1.5"),
+        (("eval", FBS_MODEL, "--no-such-option"), 2, "--no-such-option"),
+        (("eval",), 2, "thrifty eval --help"),
+        (("no-such-command",), 2, "no-such-command"),
+        (("predict", DENSE_MODEL, "/nowhere.jpg"), 1, "no file or folder /nowhere.jpg"),
+        (("predict", DENSE_MODEL, __file__), 1, "cannot be read as an image"),
+        (("convert", "torchvision:no_such_net"), 1, "no_such_net"),
+        (("convert", "no_such_module:function"), 1, "no_such_module"),
+        (("convert", "resnet20", "--method", "none"), 1, "no method 'none'"),
+        (("convert", "resnet20", "--size", "0"), 2, "--size"),
+        (("train", "no-such-recipe"), 1, "no recipe no-such-recipe"),
+        (("train", "resnet20-cifar10-base", "--set", "epochs=two"), 1, "epochs"),
+        (("train", "resnet20-cifar10-base", "--set", "colour=red"), 1, "unknown key colour"),
+        (("train", "resnet20-cifar10-base", "--set", "data.root=/nowhere"), 1, "no directory /nowhere"),
+    ],
+)
+def test_errors_are_one_line_and_say_what_was_wrong(
+    arguments: tuple[str, ...], status: int, words: str, tmp_path: Path
+) -> None:
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == status, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+    assert list(tmp_path.iterdir()) == [] or words != "no recipe"
+
+
+def test_zoo_lists_every_record() -> None:
+    listed = json.loads(output("zoo", "--json"))
+    assert {entry["name"] for entry in listed} >= {
+        "resnet20-cifar10",
+        "resnet20-cifar10-fbs",
+        "mcifarnet-cifar10",
+        "mcifarnet-cifar10-fbs",
+    }
+    table = output("zoo")
+    for entry in listed:
+        assert entry["name"] in table
+        assert f"{100 * entry['accuracy']:.2f}" in table
+
+
+def test_doctor_names_versions_and_missing_extras(tmp_path: Path) -> None:
+    report = json.loads(output("doctor", "--json"))
+    assert report["versions"]["thrifty"] == thrifty.__version__
+    assert "torch" in report["extras"]["torch"]["found"]
+    hidden = "import sys, importlib.util as u; f = u.find_spec\n"
+    hidden += "u.find_spec = lambda n, *a: None if n == 'torch' else f(n, *a)\n"
+    hidden += "from thrifty.cli import main; sys.argv = ['thrifty', 'doctor']; main()"
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, check=True)
+    assert "missing torch" in done.stdout
+    assert "pip install 'thrifty[torch]'" in done.stdout
+
+
+def test_convert_reports_places_and_coverage() -> None:
+    report = json.loads(output("convert", "torchvision:mobilenet_v3_small", "--size", "64", "--json"))
+    gated = [place for place in report["places"] if place["gated"]]
+    dense = [place for place in report["places"] if not place["gated"]]
+    assert gated
+    assert dense
+    assert all(place["note"] for place in dense)
+    assert report["coverage"] == pytest.approx(sum(p["macs"] for p in gated) / report["dense_macs"])
+    assert report["macs"] < report["dense_macs"]
+    text = output("convert", "resnet20", "--size", "32", "--where", "layer1*")
+    assert "not selected by where=" in text
+    assert "6 of 19 convolutions gated" in text
+
+
+def test_convert_takes_a_users_own_network(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def net(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), "
+        "nn.LazyLinear(4))\n"
+    )
+    (tmp_path / "mine2.py").write_text("def net(): return 'no module'\n")
+    assert "2 of 2 convolutions gated" in output("convert", "mine:net", "--size", "16", cwd=tmp_path)
+    done = run("convert", "mine2:net", cwd=tmp_path)
+    assert "must return a torch.nn.Module" in done.stderr
+
+
+def test_predict_agrees_with_python_and_tells_the_cost(tmp_path: Path) -> None:
+    folder = SAMPLE / "frog"
+    lines = [json.loads(line) for line in output("predict", FBS_MODEL, str(folder), "--json").splitlines()]
+    assert [Path(line["picture"]).name for line in lines] == sorted(path.name for path in folder.iterdir())
+    report = json.loads(output("eval", FBS_MODEL, "--json"))
+    share = sum(line["class"] == "frog" for line in lines) / len(lines)
+    assert share == pytest.approx(report["classes"]["frog"])
+    assert all(report["macs"]["min"] <= line["macs"] <= report["macs"]["max"] for line in lines)
+    assert all(0 < line["confidence"] <= 1 for line in lines)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no pictures in" in run("predict", FBS_MODEL, str(empty)).stderr
+
+
+def test_eval_at_another_density_costs_less() -> None:
+    own = json.loads(output("eval", FBS_MODEL, "--json"))
+    lower = json.loads(output("eval", FBS_MODEL, "--density", "0.3", "--json"))
+    assert lower["macs"]["mean"] < own["macs"]["mean"]
+    assert own["macs"]["mean"] == pytest.approx(sum(own["layers"].values()) + sum(own["gates"].values()))
+    text = output("eval", FBS_MODEL, "--layers")
+    assert "layer1.0.conv1" in text
+
+
+def test_demo_shows_every_model_of_the_zoo() -> None:
+    results = json.loads(output("demo", "--json"))
+    assert {result["model"] for result in results} == {record.name for record in thrifty.zoo.records()}
+    for result in results:
+        assert result["photographs"] == 1000
+        assert result["accuracy"] > 0.8
+        assert result["constant_cost"] == (result["cheapest"] == [])

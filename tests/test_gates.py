@@ -1,0 +1,85 @@
+"""Pure functions of gates, and the module that they are placed in."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from thrifty.errors import ThriftyError
+from thrifty.gates import Gate, GatedConv, check_density, kept, mean_magnitude, top_k_mask
+
+FEW_VALUES = st.sampled_from([0.0, -0.0, 0.5, 1.0, -1.0])
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(st.data(), st.integers(1, 3), st.integers(1, 12), st.integers(0, 14))
+def test_winners_are_the_highest_and_ties_go_to_the_lowest_index(data: st.DataObject, n: int, c: int, k: int) -> None:
+    rows = data.draw(st.lists(st.lists(FEW_VALUES, min_size=c, max_size=c), min_size=n, max_size=n))
+    mask = top_k_mask(torch.tensor(rows), k)
+    assert mask.dtype == torch.bool
+    for row, winners in zip(rows, mask.tolist(), strict=True):
+        best = sorted(range(c), key=lambda i: (-row[i], i))[:k]
+        assert [i for i in range(c) if winners[i]] == sorted(best)
+
+
+def test_k_may_be_a_tensor() -> None:
+    scores = torch.randn(3, 7)
+    assert torch.equal(top_k_mask(scores, torch.tensor(4)), top_k_mask(scores, 4))
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(1, 100), st.integers(1, 600))
+def test_kept_is_the_ceiling(percent: int, channels: int) -> None:
+    exact = Fraction(percent, 100) * channels
+    assert kept(percent / 100, channels) == max(1, -(-exact.numerator // exact.denominator))
+
+
+@pytest.mark.parametrize("density", [0, -0.1, 1.01, float("nan"), "0.5", True, None])
+def test_density_is_a_number_in_range(density: object) -> None:
+    with pytest.raises(ThriftyError, match=r"must be a number in \(0, 1\]"):
+        check_density(density)  # type: ignore[arg-type]
+
+
+def test_whole_numbers_are_densities() -> None:
+    assert check_density(1) == 1.0
+
+
+def test_mean_magnitude() -> None:
+    x = torch.tensor([[[[1.0, -3.0]], [[0.0, 2.0]]]])
+    assert mean_magnitude(x).tolist() == [[2.0, 1.0]]
+
+
+class Alternating(Gate):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        decision = (torch.arange(self.channels) % 2 == 0).expand(len(x), -1)
+        return 3.0 * decision, decision
+
+
+def test_gated_conv_scales_behind_the_norm() -> None:
+    conv, norm, x = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4).eval(), torch.randn(2, 2, 5, 5)
+    nn.init.uniform_(norm.bias)
+    y = GatedConv(conv, norm, Alternating(4))(x)
+    assert torch.equal(y[:, 0::2], 3 * norm(conv(x))[:, 0::2])
+    assert (y[:, 1::2] == 0).all()
+    assert torch.equal(GatedConv(conv, None, Alternating(4))(x)[:, 0::2], 3 * conv(x)[:, 0::2])
+
+
+def test_gated_conv_shows_its_convolution() -> None:
+    gated = GatedConv(nn.Conv2d(2, 4, 3, stride=2, groups=2), None, Alternating(4))
+    assert gated.weight is gated.conv.weight
+    assert (gated.stride, gated.groups, gated.out_channels) == ((2, 2), 2, 4)
+    with pytest.raises(AttributeError, match="colour"):
+        _ = gated.colour
+    assert list(dict(gated.named_parameters())) == ["conv.weight", "conv.bias"]
+
+
+def test_a_gate_must_define_itself() -> None:
+    with pytest.raises(NotImplementedError, match="define forward"):
+        Gate(3)(torch.zeros(1, 1, 1, 1))
+    with pytest.raises(NotImplementedError, match="define overhead"):
+        Gate(3).overhead(torch.Size([1, 1, 1, 1]))

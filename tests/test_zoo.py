@@ -1,0 +1,153 @@
+"""Shipped models: definitions, records, and that records tell the truth about the weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import thrifty
+from thrifty.data import sources
+from thrifty.data.loader import EvaluationLoader
+from thrifty.errors import CheckpointError, ThriftyError
+from thrifty.files import sha256
+from thrifty.train.recipe import load_recipe, shipped_recipes
+from thrifty.zoo import store
+from thrifty.zoo.nets import NETS, build
+from thrifty.zoo.records import WEIGHTS
+from thrifty.zoo.resolve import build_net
+from thrifty.zoo.store import ModelCard, find_weights, load_model, read_card, save_model
+
+CARD = ModelCard("resnet20", {}, None, tuple("abcdefghij"), 32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "parameters"),
+    [
+        ("mcifarnet", 174.30, None),
+        ("resnet20", 40.55, 269_722),
+        ("resnet32", 68.86, 464_154),
+        ("resnet56", 125.49, 853_018),
+        ("vgg16", 313.20, None),
+    ],
+)
+def test_definitions_have_the_published_size(name: str, millions: float, parameters: int | None) -> None:
+    model = build(name)
+    count = thrifty.count_macs(model, torch.zeros(1, 3, 32, 32))
+    assert count.mean / 1e6 == pytest.approx(millions, abs=0.01)
+    if parameters is not None:
+        assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_every_definition_takes_the_number_of_classes() -> None:
+    for name in NETS:
+        assert build(name, classes=7).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+    with pytest.raises(ThriftyError, match="does not take"):
+        build("vgg16", colour="red")
+    with pytest.raises(ThriftyError, match="no network 'nix'"):
+        build_net("nix")
+
+
+@pytest.mark.parametrize("record", thrifty.zoo.records(), ids=lambda record: record.name)
+def test_a_record_describes_its_weights(record: thrifty.zoo.Record) -> None:
+    assert sha256(record.path) == record.sha256
+    assert record.path.stat().st_size <= 6 * 2**20
+    model = thrifty.zoo.load(record.name)
+    assert sum(p.numel() for p in model.parameters()) == record.parameters
+    assert isinstance(model, thrifty.Dynamic) == (record.method is not None)
+    card = read_card(record.path)
+    x = torch.randn(8, 3, card.size, card.size, generator=torch.Generator().manual_seed(0))
+    assert int(thrifty.count_macs(build(card.net, **card.arguments), x).total[0]) == record.dense_macs
+    assert record.recipe in shipped_recipes()
+    assert set(record.lineage) <= set(shipped_recipes())
+    recipe = load_recipe(record.recipe)
+    assert (recipe.epochs, recipe.seed, recipe.model.net) == (record.epochs, record.seed, record.net)
+    assert record.total_epochs == record.epochs + sum(load_recipe(name).epochs for name in record.lineage)
+
+
+@pytest.mark.parametrize("record", thrifty.zoo.records(), ids=lambda record: record.name)
+def test_accuracy_on_the_sample_is_that_of_the_record(record: thrifty.zoo.Record) -> None:
+    model, card = load_model(record.name)
+    evaluation = thrifty.evaluate(model, EvaluationLoader(sources.load("sample"), card.mean, card.std))
+    spread = (record.accuracy * (1 - record.accuracy) / 1000) ** 0.5
+    assert abs(evaluation.accuracy - record.accuracy) < 3 * spread
+    assert evaluation.macs.mean == pytest.approx(record.macs, rel=0.01)
+
+
+def test_dynamic_models_are_judged_beside_dense_ones_of_as_many_epochs() -> None:
+    by_name = {record.name: record for record in thrifty.zoo.records()}
+    for name in ("resnet20-cifar10", "mcifarnet-cifar10"):
+        dense, dynamic = by_name[name], by_name[f"{name}-fbs"]
+        assert dense.total_epochs == dynamic.total_epochs
+        assert dynamic.macs < 0.47 * dense.macs
+
+
+def test_all_weights_together_are_small() -> None:
+    assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) <= 40 * 2**20
+    stems = {path.stem for path in WEIGHTS.glob("*.safetensors")}
+    assert stems == {record.name for record in thrifty.zoo.records()}
+
+
+def test_the_sample_is_balanced() -> None:
+    images = sources.load("sample")
+    assert len(images) == 1000
+    assert images.labels.bincount().tolist() == [100] * 10
+
+
+def test_a_model_survives_the_file(tmp_path: Path) -> None:
+    model = build("resnet20")
+    path = tmp_path / "m.safetensors"
+    save_model(path, model, CARD)
+    loaded, card = load_model(path)
+    assert card == CARD
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+    x = torch.randn(4, 3, 32, 32)
+    method = thrifty.FBS(density={"layer1*": 0.5, "layer2*": 0.25}, where="layer[12]*")
+    dynamic = thrifty.convert(model, method, x)
+    nn.init.normal_(dynamic.gates()["layer1.0.conv1"].predictor.weight)
+    settings = json.loads(json.dumps(method.settings()))
+    save_model(path, dynamic, ModelCard(**{**CARD.__dict__, "method": settings}))
+    loaded, card = load_model(path)
+    assert torch.equal(loaded(x), dynamic.eval()(x))
+    assert loaded.method == method
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    model = build("resnet20")
+    save_model(path, model, CARD)
+    whole = path.read_bytes()
+    for size in (0, 7, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=r"damaged|not a model"):
+            load_model(path)
+    path.write_bytes(b"\xff" * 1000)
+    with pytest.raises(CheckpointError):
+        load_model(path)
+    save_model(path, model, ModelCard(**{**CARD.__dict__, "net": "os:system", "arguments": {"command": "true"}}))
+    with pytest.raises(CheckpointError, match="not a zoo network"):
+        load_model(path)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_model(path, build("resnet32"))
+    with torch.no_grad():
+        model.fc.weight[0, 0] = float("nan")
+    save_model(path, model, CARD)
+    with pytest.raises(CheckpointError, match="NaN"):
+        load_model(path)
+    with pytest.raises(CheckpointError, match="no model nothing"):
+        find_weights("nothing")
+    with pytest.raises(CheckpointError, match="no model 'nothing'"):
+        thrifty.zoo.load("nothing")
+
+
+def test_a_newer_files_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.safetensors"
+    monkeypatch.setattr(store, "FORMAT", 99)
+    save_model(path, build("resnet20"), CARD)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="newer thrifty"):
+        read_card(path)
