@@ -34,6 +34,8 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/training_step.py --output $(FIGURES)/training_step.csv
+	$(BIN)/python benchmarks/training_step.py --compile --output $(FIGURES)/training_step_compiled.csv
+	$(BIN)/python benchmarks/loader_share.py --output $(FIGURES)/loader_share.csv
 
 zoo: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" scripts/train_zoo.sh $(DATA)

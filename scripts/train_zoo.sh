@@ -15,14 +15,11 @@ train() {
 }
 
 for net in resnet20 mcifarnet; do
-    train "$net-cifar10-base"
+    for stage in -base "" -fbs; do
+        train "$net-cifar10$stage"
+    done
+    for model in "$net-cifar10" "$net-cifar10-fbs"; do
+        python scripts/release.py "runs/$model" --root "$data"
+    done
 done
-train resnet20-cifar10
-train resnet20-cifar10-fbs
-train mcifarnet-cifar10-stage1
-train mcifarnet-cifar10
-train mcifarnet-cifar10-fbs-0.7
-train mcifarnet-cifar10-fbs
-for model in resnet20-cifar10 resnet20-cifar10-fbs mcifarnet-cifar10 mcifarnet-cifar10-fbs-0.7 mcifarnet-cifar10-fbs; do
-    python scripts/release.py "runs/$model" --root "$data"
-done
+python scripts/readme_table.py

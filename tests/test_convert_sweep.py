@@ -18,8 +18,8 @@ from thrifty.macs import count_macs
 from thrifty.methods.fbs import FBS
 
 MAX_PARAMETERS = 200e6
-SIZES = {"inception_v3": 80, "inception_v4": 96, "inception_resnet_v2": 96}
-"""The side of the smallest photograph in px that a network takes, where 64 does not do."""
+SIZES = {"inception_v3": 299, "inception_v4": 96, "inception_resnet_v2": 96}
+"""Side in px of the smallest photograph that a network takes, its training heads included, where 64 does not do."""
 
 TIMM = [
     "seresnet18", "ecaresnet26t", "skresnet18", "resnest14d", "resnetv2_50", "resnetaa34d", "resnetblur18",

@@ -30,7 +30,7 @@ def dynamic_net(style: str, density: float, count: int = 5) -> tuple[Dynamic, Te
     model = randomise(NETS[style](), x.float()).double()
     dynamic = convert(model, FBS(density=1.0, max_overhead=1e9), x)
     for gate in dynamic.gates().values():  # decide by input, and never scale a winner by zero
-        nn.init.uniform_(gate.predictor.weight, 0, 2)
+        nn.init.uniform_(gate.predictor.weight, 0, 4 / gate.predictor.in_features)
         nn.init.uniform_(gate.predictor.bias, 0.5, 1.5)
     dynamic.set_density(density)
     return dynamic, x
@@ -83,12 +83,20 @@ def observed(dynamic: Dynamic, x: Tensor) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("density", [0.3, 0.6, 1.0])
-@pytest.mark.parametrize("style", [name for name in NETS if name != "FunctionalConv"])
+@pytest.mark.parametrize("style", [name for name in NETS if name not in {"FunctionalConv", "WrittenView"}])
 def test_count_equals_what_the_values_show(style: str, density: float) -> None:
     dynamic, x = dynamic_net(style, density)
     count = count_macs(dynamic, x)
     assert {name: part.tolist() for name, part in count.layers.items()} == observed(dynamic, x)
     assert torch.equal(count.total, sum(count.layers.values()) + count.gate_overhead)
+
+
+def test_maps_of_which_a_view_was_written_to_count_as_active() -> None:
+    """What is where can no longer be told: the count may be too high then, never too low."""
+    dynamic, x = dynamic_net("WrittenView", 0.3)
+    read = count_macs(dynamic, x).layers["c1.0"]
+    dynamic.set_density({"c0.0": 1.0})
+    assert torch.equal(read, count_macs(dynamic, x).layers["c1.0"])
 
 
 @pytest.mark.parametrize("style", NETS)

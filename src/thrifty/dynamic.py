@@ -109,5 +109,5 @@ def _reduce(self: Any, _protocol: object) -> tuple[Any, ...]:
 
 
 def _rebuild(base: type) -> Any:
-    cls = _dynamic_class(base)
+    cls: Any = _dynamic_class(base)
     return cls.__new__(cls)

@@ -98,7 +98,7 @@ def _print(results: list[dict[str, Any]]) -> None:
             shown = ", ".join(f"{item['photograph']} ({millions(item['macs'])})" for item in result[kind])
             console.print(f"{result['model']}, {kind}: {shown}", highlight=False)
     console.print(
-        "\nThe sample is a tenth of the test photographs; `thrifty zoo` has the figures on all 10,000. Skipped channels "
-        "are\nstill computed and multiplied by zero here, so a dynamic model takes no less time yet.",
+        "\nThe sample is a tenth of the test photographs; `thrifty zoo` has the figures on all 10,000.\n"
+        "Skipped channels are still computed and multiplied by zero here, so a dynamic model takes no less time yet.",
         highlight=False,
     )

@@ -26,7 +26,7 @@ def method_config(name: str, settings: Mapping[str, Any]) -> MethodConfig:
     kind = METHODS[name]
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     version = values.pop("version", kind.version)
-    if version > kind.version:
+    if not isinstance(version, int) or version > kind.version:
         raise ThriftyError(f"{name} settings of version {version} need a newer thrifty, this one knows {kind.version}.")
     known = [field.name for field in fields(kind)]
     unknown = sorted(set(values) - set(known))

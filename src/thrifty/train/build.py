@@ -9,7 +9,7 @@ from thrifty.convert import convert
 from thrifty.data import loader, sources
 from thrifty.data.augment import normalise
 from thrifty.data.images import ImageSet
-from thrifty.dynamic import Dynamic, evaluating
+from thrifty.dynamic import evaluating
 from thrifty.errors import CheckpointError, RecipeError
 from thrifty.train.recipe import Recipe
 from thrifty.zoo.resolve import build_net
@@ -37,16 +37,16 @@ def build_model(recipe: Recipe, images: ImageSet) -> nn.Module:
     section = recipe.model
     model = build_net(section.net, **section.arguments)
     example = normalise(images.images(torch.arange(1)), recipe.data.mean, recipe.data.std)
-    start = None
+    start: nn.Module | None = None
     if section.weights is not None:
-        start, card = load_model(section.weights)
+        start, card = load_model(section.weights, build_net(section.net, **section.arguments))
         if card.method is None:
-            load_into(model, start.state_dict(), section.weights)
+            model, start = start, None
     _check_network(model.eval(), section.net, example, images)
     method = recipe.method_config()
     if method is not None:
         model = convert(model, method, example=example, inplace=True)
-    if section.weights is not None and isinstance(start, Dynamic):
+    if start is not None:  # of a dynamic model, which fits a dynamic one only
         load_into(model, start.state_dict(), section.weights)
     return model.train()
 
