@@ -19,7 +19,7 @@ from thrifty import count_macs
 from thrifty.cli.doctor import examine
 from thrifty.cli.options import photographs
 from thrifty.errors import ThriftyError
-from thrifty.evaluate import evaluate
+from thrifty.evaluation import evaluate
 from thrifty.files import replacing, sha256
 from thrifty.train import checkpoint
 from thrifty.zoo.nets import build

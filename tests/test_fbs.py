@@ -16,7 +16,7 @@ from randomised import randomise
 from small_nets import NETS, SIZE
 from torch import Tensor, nn
 
-from thrifty.convert import convert
+from thrifty.converter import convert
 from thrifty.dynamic import Dynamic, decisions
 from thrifty.errors import ThriftyError
 from thrifty.gates import GatedConv, kept

@@ -20,7 +20,7 @@ LEVELS = (
     {"macs", "graph", "methods.base"},
     {"methods.fbs"},
     {"methods"},
-    {"convert", "evaluate"},
+    {"converter", "evaluation"},
     {"zoo.nets", "zoo.records"},
     {"zoo.resolve", "zoo.store"},
     {"zoo"},
@@ -109,3 +109,12 @@ def test_a_missing_extra_is_named_with_the_line_that_installs_it() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.count("pip install 'thrifty[torch]'") == 2, done.stdout
+
+
+def test_no_public_name_is_also_a_modules() -> None:
+    """Importing `thrifty.x` sets `thrifty.x`, whatever it was before: a function of that name would be lost."""
+    modules = {name for name in FILES if "." not in name}
+    assert modules & set(thrifty.__all__) == {"zoo"}
+    code = "import thrifty; thrifty.zoo.load('resnet20-cifar10'); print(*map(callable, (thrifty.convert, thrifty.evaluate)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True True"

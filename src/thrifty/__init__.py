@@ -17,22 +17,22 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from thrifty.conversion import Conversion
-    from thrifty.convert import convert
+    from thrifty.converter import convert
     from thrifty.dynamic import Dynamic, decisions
-    from thrifty.evaluate import Evaluation, evaluate
+    from thrifty.evaluation import Evaluation, evaluate
     from thrifty.macs import MacCount, count_macs
     from thrifty.methods import FBS
 
 _PLACES = {
     "Conversion": "thrifty.conversion",
     "Dynamic": "thrifty.dynamic",
-    "Evaluation": "thrifty.evaluate",
+    "Evaluation": "thrifty.evaluation",
     "FBS": "thrifty.methods",
     "MacCount": "thrifty.macs",
-    "convert": "thrifty.convert",
+    "convert": "thrifty.converter",
     "count_macs": "thrifty.macs",
     "decisions": "thrifty.dynamic",
-    "evaluate": "thrifty.evaluate",
+    "evaluate": "thrifty.evaluation",
 }
 
 __all__ = [

@@ -33,7 +33,7 @@ def run(
     """
     import torch  # noqa: PLC0415 (only commands that need it import torch)
 
-    from thrifty.convert import convert  # noqa: PLC0415
+    from thrifty.converter import convert  # noqa: PLC0415
     from thrifty.macs import count_macs  # noqa: PLC0415
     from thrifty.methods import method_config  # noqa: PLC0415
     from thrifty.zoo.resolve import build_net  # noqa: PLC0415

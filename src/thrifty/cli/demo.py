@@ -12,7 +12,7 @@ from thrifty.errors import ThriftyError
 
 if TYPE_CHECKING:
     from thrifty.data.loader import EvaluationLoader
-    from thrifty.evaluate import Evaluation
+    from thrifty.evaluation import Evaluation
 
 NAME = "demo"
 EXTREMES = 3
@@ -24,7 +24,7 @@ def run(as_json: Json = False, threads: Threads = None) -> None:
     Prints accuracy and the MACs of each photograph: mean, spread, and which photographs cost least and most.
     """
     set_threads(threads)
-    from thrifty.evaluate import evaluate  # noqa: PLC0415 (needs torch)
+    from thrifty.evaluation import evaluate  # noqa: PLC0415 (needs torch)
     from thrifty.zoo.store import load_model  # noqa: PLC0415
 
     records = thrifty.zoo.records()

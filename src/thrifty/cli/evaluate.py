@@ -29,7 +29,7 @@ def run(
 ) -> None:
     """Accuracy of a model on labelled photographs, over all and per class, and what its inputs cost in MACs."""
     set_threads(threads)
-    from thrifty.evaluate import evaluate  # noqa: PLC0415 (needs torch)
+    from thrifty.evaluation import evaluate  # noqa: PLC0415 (needs torch)
 
     opened, card = open_model(model, net, density)
     loader = photographs(card, data, root, split)

@@ -48,7 +48,7 @@ def _predictions(model: Any, card: Any, files: list[Path]) -> Iterator[dict[str,
 
     from thrifty.data.augment import normalise  # noqa: PLC0415
     from thrifty.data.images import read_images  # noqa: PLC0415
-    from thrifty.evaluate import evaluate  # noqa: PLC0415
+    from thrifty.evaluation import evaluate  # noqa: PLC0415
 
     for start in range(0, len(files), BATCH):
         part = files[start : start + BATCH]

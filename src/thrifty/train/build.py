@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from thrifty.convert import convert
+from thrifty.converter import convert
 from thrifty.data import loader, sources
 from thrifty.data.augment import normalise
 from thrifty.data.images import ImageSet

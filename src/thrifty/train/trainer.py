@@ -18,7 +18,7 @@ from thrifty.data import loader
 from thrifty.data.augment import normalise
 from thrifty.dynamic import Dynamic
 from thrifty.errors import NonFiniteError
-from thrifty.evaluate import accuracy
+from thrifty.evaluation import accuracy
 from thrifty.files import clear_partial
 from thrifty.macs import count_macs
 from thrifty.train import checkpoint

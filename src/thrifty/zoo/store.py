@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from thrifty.convert import convert
+from thrifty.converter import convert
 from thrifty.errors import CheckpointError
 from thrifty.files import replacing, sha256
 from thrifty.methods import method_config

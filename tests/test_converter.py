@@ -14,7 +14,7 @@ from randomised import randomise
 from small_nets import NETS, SIZE, Net, act, conv
 from torch import Tensor, nn
 
-from thrifty.convert import convert
+from thrifty.converter import convert
 from thrifty.dynamic import Dynamic, decisions
 from thrifty.errors import ConversionError, ThriftyError
 from thrifty.gates import GatedConv

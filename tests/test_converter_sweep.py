@@ -11,7 +11,7 @@ import torch
 from randomised import TORCHVISION_CNNS, no_initialisation, randomise, torchvision_cnn
 from torch import Tensor, nn
 
-from thrifty.convert import convert
+from thrifty.converter import convert
 from thrifty.dynamic import Dynamic
 from thrifty.gates import GatedConv
 from thrifty.macs import count_macs
