@@ -115,6 +115,6 @@ def test_no_public_name_is_also_a_modules() -> None:
     """Importing `thrifty.x` sets `thrifty.x`, whatever it was before: a function of that name would be lost."""
     modules = {name for name in FILES if "." not in name}
     assert modules & set(thrifty.__all__) == {"zoo"}
-    code = "import thrifty; thrifty.zoo.load('resnet20-cifar10'); print(*map(callable, (thrifty.convert, thrifty.evaluate)))"
+    code = "import thrifty as t; t.zoo.load('resnet20-cifar10'); print(*map(callable, (t.convert, t.evaluate)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True True"
