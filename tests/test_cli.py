@@ -118,8 +118,8 @@ def test_convert_reports_places_and_coverage() -> None:
 def test_convert_takes_a_users_own_network(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"
-        "def net(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), "
-        "nn.LazyLinear(4))\n"
+        "def net(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), "
+        "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))\n"
     )
     (tmp_path / "mine2.py").write_text("def net(): return 'no module'\n")
     assert "2 of 2 convolutions gated" in output("convert", "mine:net", "--size", "16", cwd=tmp_path)

@@ -36,7 +36,8 @@ def run(as_json: Json = False) -> None:
     for name, extra in report["extras"].items():
         found = ", ".join(f"{module} {version}" for module, version in extra["found"].items())
         if extra["missing"]:
-            console.print(f"[yellow]extra {name}: missing {', '.join(extra['missing'])}[/]. Run: {extra['install']}")
+            missing = f"extra {name}: missing {', '.join(extra['missing'])}. Run: {extra['install']}"
+            console.print(missing, style="yellow", markup=False, highlight=False)
         else:
             console.print(f"extra {name}: {found}", highlight=False)
 

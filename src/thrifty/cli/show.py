@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 160)
+"""Standard output; in a file or a pipe lines are long enough for every table."""
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
     """Print rows of text under columns; a column whose cells start with a digit is set to the right."""
     rows = [list(row) for row in rows]
-    made = Table(title=title, title_justify="left", header_style="bold")
+    made = Table(title=title and escape(title), title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         cells = [row[index] for row in rows if row[index]]
         numeric = bool(cells) and all(cell[0].isdigit() for cell in cells)
-        made.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        made.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=index == 0)
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*map(escape, row))
     console.print(made)
 
 

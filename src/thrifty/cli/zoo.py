@@ -24,11 +24,10 @@ def run(as_json: Json = False) -> None:
             percent(record.accuracy),
             millions(record.macs),
             f"{record.macs / record.dense_macs:.3f}",
-            f"{record.parameters:,}",
             str(record.total_epochs),
         )
         for record in records
     ]
-    table(("model", "method", "accuracy", "MACs, mean", "of dense", "parameters", "epochs"), rows)
+    table(("model", "method", "accuracy", "MACs, mean", "of dense", "epochs"), rows)
     for data in dict.fromkeys(str(record.data["description"]) for record in records):
         console.print(data, highlight=False)
