@@ -164,21 +164,27 @@ def run(arguments: list[str], status: int | None = 0, timeout: float = 180) -> s
     return done
 
 
+def tell(line: str) -> None:
+    """Print a line in one write: several processes share the output."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def main(path: str, directory: str, resume: str, pause: str, die_at: str) -> None:
     """Train; print a line a step; wait `pause` seconds after each; end by SIGKILL after step `die_at` of the run."""
 
     def after(position: Position) -> None:
         count = position.epoch * len(trainer.loader) + position.step
-        print("step", count, flush=True)
+        tell(f"step {count}")
         time.sleep(float(pause))
         if count == int(die_at):
             os.kill(os.getpid(), 9)
 
     loaded = Recipe.model_validate_json(Path(path).read_text(encoding="utf-8"))
     trainer = Trainer(loaded, Path(directory), resume=bool(int(resume)), observer=Watcher(after))
-    print("processes", trainer.accelerator.num_processes, flush=True)
+    tell(f"processes {trainer.accelerator.num_processes}")
     outcome = trainer.run()
-    print("finished", outcome.last["epoch"], flush=True)
+    tell(f"finished {outcome.last['epoch']}")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,29 @@ than one process with the whole batch.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+
+
+class _Total(torch.autograd.Function):
+    """Sum over all processes. Each process's loss depends on the sum, so gradients are summed too."""
+
+    @staticmethod
+    def forward(_context: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(_context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return _Total.forward(None, gradient)
+
+
+def _total(x: Tensor) -> Tensor:
+    return cast(Tensor, _Total.apply(x))
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
@@ -25,9 +42,9 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         kind = x.dtype
         x = x.to(torch.promote_types(kind, torch.float32))  # half precision can't hold sums over a batch
         count = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = all_reduce(x.sum((0, 2, 3))) / count
+        mean = _total(x.sum((0, 2, 3))) / count
         centred = x - mean[:, None, None]
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / count
+        variance = _total(centred.square().sum((0, 2, 3))) / count
         self._track(mean.detach(), variance.detach(), count)
         y = centred * torch.rsqrt(variance + self.eps)[:, None, None]
         if self.affine:
