@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,15 @@ def test_a_finished_run_resumes_to_the_same_weights(root, teacher, unbroken, tmp
     assert_same_run(tmp_path / "run", unbroken)
 
 
+@pytest.fixture
+def _ctrl_c() -> Iterator[None]:
+    """SIGINT as in a terminal: a job in the background, as tests may be, starts with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
 @pytest.mark.parametrize(("epoch", "step"), [(0, 1), (1, 3), (1, STEPS)])
 def test_ctrl_c_saves_after_the_step_under_way(root, teacher, unbroken, tmp_path, epoch, step):
     def press(position: Position) -> None:
@@ -146,6 +156,7 @@ def test_ctrl_c_saves_after_the_step_under_way(root, teacher, unbroken, tmp_path
     assert_same_run(tmp_path / "run", unbroken)
 
 
+@pytest.mark.usefixtures("_ctrl_c")
 def test_ctrl_c_in_the_last_step_finishes_the_run(root, teacher, unbroken, tmp_path):
     def press(position: Position) -> None:
         if (position.epoch, position.step) == (2, STEPS - 1):
@@ -155,6 +166,7 @@ def test_ctrl_c_in_the_last_step_finishes_the_run(root, teacher, unbroken, tmp_p
     assert_same_run(tmp_path / "run", unbroken)
 
 
+@pytest.mark.usefixtures("_ctrl_c")
 def test_ctrl_c_twice_stops_at_once(root, teacher, tmp_path):
     def press(_: Position) -> None:
         signal.raise_signal(signal.SIGINT)
