@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def mean_magnitude(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, 1, (2, 3)) / x[0, 0].numel()
 
 
-class Gate(nn.Module):
+class Gate(nn.Module, ABC):
     """Decides per input which of `channels` output channels are computed, and by how much each is scaled.
 
     `forward` takes the map that the gated convolution reads, [N, C_in, H, W], and returns the scale [N, channels],
@@ -62,12 +63,13 @@ class Gate(nn.Module):
         super().__init__()
         self.channels = channels
 
+    @abstractmethod
     def forward(self, x: Tensor) -> Pair:
-        raise NotImplementedError(f"{type(self).__name__} must say how it decides: define forward.")
+        """Scale and decision for a map x [N, C_in, H, W]."""
 
+    @abstractmethod
     def overhead(self, shape: torch.Size) -> int:
         """MACs that deciding costs per input, for a map of `shape` [N, C_in, H, W]."""
-        raise NotImplementedError(f"{type(self).__name__} must say what it costs: define overhead.")
 
 
 CONV_ATTRIBUTES = {"weight", "bias", *nn.Conv2d.__constants__} - {"training"}

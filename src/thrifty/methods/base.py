@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
@@ -20,7 +21,7 @@ Where = Callable[[str, nn.Module], bool] | str | tuple[str, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodConfig:
+class MethodConfig(ABC):
     """All settings of a method. Subclasses add fields and say where gates go and how they are trained.
 
     Attributes:
@@ -53,22 +54,22 @@ class MethodConfig:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {"name": self.name, "version": self.version, **values}
 
+    @abstractmethod
     def place(self, model: nn.Module, sites: tuple[ConvSite, ...]) -> tuple[Place, ...]:
         """Put gates into `model` and say for each site what was done."""
-        raise NotImplementedError(f"{type(self).__name__} must define place.")
 
+    @abstractmethod
     def regularization(self, model: Dynamic) -> Tensor:
         """The method's loss term for the latest forward pass in training mode, a scalar."""
-        raise NotImplementedError(f"{type(self).__name__} must define regularization.")
 
+    @abstractmethod
     def set_density(self, model: Dynamic, density: float | Mapping[str, float]) -> None:
         """Change the share that is kept."""
-        raise NotImplementedError(f"{type(self).__name__} must define set_density.")
 
+    @abstractmethod
     def density_of(self, model: Dynamic) -> float:
         """Mean density over the gated layers, 1 where none is gated."""
-        raise NotImplementedError(f"{type(self).__name__} must define density_of.")
 
+    @abstractmethod
     def advance(self, model: Dynamic, progress: float) -> None:
         """Set what the method's schedule asks for when the share `progress` in [0, 1] of training is done."""
-        raise NotImplementedError(f"{type(self).__name__} must define advance.")
