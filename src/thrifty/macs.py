@@ -157,8 +157,7 @@ class _Counter(TorchDispatchMode):
                 self.gates[gated] = self.gates.get(gated, 0) + cost
                 self.frames[-1].decision = winners
             elif isinstance(module, GatedConv) and output is not None and frame.decision is not None:
-                decided = frame.decision
-                self.active[output] = decided.reshape(*decided.shape, *[1] * (output.ndim - 2)).expand(output.shape)
+                self.active[output] = _at_every_position(frame.decision, output)
 
         return hook
 
@@ -246,6 +245,11 @@ def _per_input(costs: Tensor, count: int) -> Tensor:
 def _channels(activity: Tensor | None) -> Tensor | None:
     """Channels [N, C] that have an active position."""
     return None if activity is None else activity.flatten(2).any(2) if activity.ndim > 2 else activity
+
+
+def _at_every_position(channels: Tensor, like: Tensor) -> Tensor:
+    """Active channels [N, C] as the activity of a map of the shape of `like` [N, C, …], the same at every position."""
+    return channels.reshape(*channels.shape, *[1] * (like.ndim - 2)).expand(like.shape)
 
 
 def _matrix_product(x_place: int, weight_place: int) -> Callable[[_Call], None]:
@@ -378,7 +382,7 @@ def _pooled(call: _Call) -> Tensor | None:
     channels = _channels(call.activity(call.args[0]))
     if channels is None:
         return None
-    active = channels.reshape(*channels.shape, *[1] * (output.ndim - 2)).expand(output.shape)
+    active = _at_every_position(channels, output)
     return active if output is call.output else [active, active]  # type: ignore[return-value]
 
 
@@ -387,7 +391,7 @@ def _mirrored(call: _Call) -> Tensor | None:
     channels = _channels(call.activity(call.args[0]))
     if channels is None:
         return None
-    return channels.reshape(*channels.shape, *[1] * (call.output.ndim - 2)).expand(call.output.shape)
+    return _at_every_position(channels, call.output)
 
 
 def _added_product(call: _Call) -> Tensor | None:

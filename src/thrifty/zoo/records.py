@@ -28,7 +28,7 @@ class Record:
         epochs: of its own recipe.
         total_epochs: including those of its lineage.
         accuracy: on the test photographs, in [0, 1], measured once.
-        validation_accuracy: on the photographs held out of training, which settings were chosen on.
+        validation_accuracy: on the photographs held out of training.
         macs: mean MACs per test photograph, gates included.
         macs_percentiles: 5th and 95th percentile of the MACs.
         dense_macs: MACs of the dense network.

@@ -17,7 +17,7 @@ from thrifty.errors import CheckpointError
 from thrifty.files import replacing, sha256
 from thrifty.methods import method_config
 from thrifty.zoo.nets import NETS, build
-from thrifty.zoo.records import record, records
+from thrifty.zoo.records import records
 
 FORMAT = 1
 
@@ -82,10 +82,11 @@ def find_weights(source: str | Path) -> Path:
     path = Path(source)
     if path.is_file():
         return path
-    names = [known.name for known in records()]
-    if str(source) not in names:
-        raise CheckpointError(f"there is no model {source}: neither a file nor one of the zoo's: {', '.join(names)}.")
-    found = record(str(source))
+    shipped = {known.name: known for known in records()}
+    found = shipped.get(str(source))
+    if found is None:
+        known_names = ", ".join(shipped)
+        raise CheckpointError(f"there is no model {source}: neither a file nor one of the zoo's: {known_names}.")
     if sha256(found.path) != found.sha256:
         raise CheckpointError(f"{found.path} is not the file that its record describes. Install thrifty anew.")
     return found.path
