@@ -15,7 +15,7 @@ ROOT = Path(thrifty.__file__).parent
 
 LEVELS = (
     {"errors"},
-    {"files", "decision", "conversion", "gates"},
+    {"files", "decision", "conversion", "gates", "machine"},
     {"dynamic"},
     {"macs", "graph", "methods.base"},
     {"methods.fbs"},
@@ -24,6 +24,7 @@ LEVELS = (
     {"zoo.nets", "zoo.records"},
     {"zoo.resolve", "zoo.store"},
     {"zoo"},
+    {"data.files"},
     {"data.images", "data.augment"},
     {"data.sources"},
     {"data.loader", "data"},

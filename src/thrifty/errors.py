@@ -8,6 +8,8 @@ from types import ModuleType
 EXTRAS = {
     "torch": ("torch", "torchvision", "accelerate", "pydantic", "yaml", "PIL", "tensorboard"),
     "timm": ("timm",),
+    "bench": ("onnx", "onnxruntime", "openvino"),
+    "demo": ("PIL", "onnx", "onnxruntime"),
 }
 """Optional dependencies: name of the extra -> the modules that it brings."""
 
@@ -32,6 +34,14 @@ class CheckpointError(ThriftyError):
     """A checkpoint or a weights file is missing, damaged or belongs to something else."""
 
 
+class ProgramError(ThriftyError):
+    """A program, or the file that holds it, is not valid."""
+
+
+class LoweringError(ThriftyError):
+    """A model does something that programs cannot express."""
+
+
 class NonFiniteError(ThriftyError):
     """Training met NaN or infinity."""
 
@@ -46,17 +56,23 @@ def extra_of(module: str) -> str | None:
     return next((extra for extra, modules in EXTRAS.items() if top in modules), None)
 
 
-def require(module: str, purpose: str) -> ModuleType:
-    """Import `module`, or raise `MissingExtraError` that names the line which installs it."""
+def require(module: str, purpose: str, extra: str | None = None) -> ModuleType:
+    """Import `module`, or raise `MissingExtraError` that names the line which installs it (see `missing_extra`)."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise missing_extra(error, purpose) from error
+        raise missing_extra(error, purpose, extra) from error
 
 
-def missing_extra(error: ModuleNotFoundError, purpose: str) -> MissingExtraError:
-    """The error to show for a module that is not installed."""
+def missing_extra(error: ModuleNotFoundError, purpose: str, extra: str | None = None) -> MissingExtraError:
+    """The error to show for a module that is not installed.
+
+    Args:
+        error: what the import raised.
+        purpose: what needs the module, such as "the demo".
+        extra: the extra to install; if not given, the first that brings the module.
+    """
     name = error.name or "a dependency"
-    extra = extra_of(name)
+    extra = extra or extra_of(name)
     how = f"pip install 'thrifty[{extra}]'" if extra else f"pip install {name}"
     return MissingExtraError(f"{purpose} needs {name}, which is not installed. Run: {how}")
