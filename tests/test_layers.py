@@ -41,6 +41,10 @@ LEVELS = (
 """Modules by level, the lowest first; '' is the package itself. A module imports from levels below its own only."""
 
 
+NATIVE = "thrifty._native"
+"""The compiled part: below every level, for it imports nothing."""
+
+
 def _name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -68,6 +72,8 @@ def _imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "thrifty":
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
+                if inner == NATIVE:
+                    continue
                 found.add(inner if inner.removeprefix("thrifty.") in FILES else str(node.module))
     return {name.removeprefix("thrifty").removeprefix(".") for name in found}
 
