@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from thrifty.cli.doctor import examine
 from thrifty.data.images import ImageSet
 from thrifty.data.loader import TrainingLoader
+from thrifty.machine import machine
 from thrifty.zoo.nets import build
 
 BAR = 0.05
@@ -63,7 +63,7 @@ def main() -> None:
         "share": round(statistics.median(loading) / statistics.median(stepping), 4),
         "bar": BAR,
         "torch": torch.__version__,
-        **examine()["machine"],
+        **machine(),
     }
     print(", ".join(f"{key} {value}" for key, value in row.items()))
     if arguments.output:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from thrifty import FBS, convert
-from thrifty.cli.doctor import examine
 from thrifty.dynamic import Dynamic
+from thrifty.machine import machine
 from thrifty.zoo.nets import build
 
 
@@ -54,7 +54,6 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
-    machine = examine()["machine"]
     rows = []
     for name in arguments.net:
         dense = build(name)
@@ -78,7 +77,7 @@ def main() -> None:
                 "dense_ms": round(1e3 * medians["dense"], 1),
                 "fbs_ms": round(1e3 * medians["fbs"], 1),
                 "ratio": round(medians["fbs"] / medians["dense"], 3),
-                "cpu": machine["CPU"],
+                "cpu": machine()["CPU"],
                 "torch": torch.__version__.partition("+")[0],
             }
         )

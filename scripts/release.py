@@ -16,11 +16,11 @@ import torch
 import yaml
 
 from thrifty import count_macs
-from thrifty.cli.doctor import examine
 from thrifty.cli.options import photographs
 from thrifty.errors import ThriftyError
 from thrifty.evaluation import evaluate
 from thrifty.files import replacing, sha256
+from thrifty.machine import machine
 from thrifty.train import checkpoint
 from thrifty.zoo.nets import build
 from thrifty.zoo.records import WEIGHTS, Record
@@ -91,9 +91,9 @@ def _lineage(recipe: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def _environment(recipe: dict[str, Any]) -> dict[str, Any]:
-    machine = examine()["machine"]
+    found = machine()
     return {
-        "CPU": f"{machine['CPU']} ({', '.join(machine['features'])})",
+        "CPU": f"{found['CPU']} ({', '.join(found['features'])})",
         "threads": recipe["threads"],
         "python": platform.python_version(),
         "torch": torch.__version__.partition("+")[0],

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import thrifty
-from thrifty.data.sources import SAMPLE
+from thrifty.data.files import SAMPLE
 
 COMMANDS = ("demo", "train", "eval", "convert", "predict", "zoo", "doctor")
 FBS_MODEL = "resnet20-cifar10-fbs"

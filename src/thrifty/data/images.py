@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
+from thrifty.data.files import read_files
 from thrifty.errors import DataError
 
 MEMORY_LIMIT = 2 << 30
@@ -72,55 +70,6 @@ class ImageSet:
         )
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height of a photograph in pixels, as it is to be looked at.
-
-    Raises:
-        DataError: the file is missing or not an image.
-    """
-    return _decode(path).size
-
-
 def read_images(paths: Sequence[Path], size: int, resize: bool = True) -> Tensor:
-    """Decode files to uint8 [N, size, size, 3].
-
-    Photographs are turned upright as their EXIF data says, and the largest centred square is brought to `size`.
-
-    Raises:
-        DataError: a file is missing or not an image, or, where `resize` is false, is not of size `size` x `size`.
-    """
-    pixels = torch.empty(len(paths), size, size, 3, dtype=torch.uint8)
-
-    def read(index: int) -> None:
-        pixels[index] = torch.from_numpy(_read(paths[index], size, resize))
-
-    with ThreadPoolExecutor(4) as pool:
-        for _ in pool.map(read, range(len(paths))):  # raises what a thread raised
-            pass
-    return pixels
-
-
-def _read(path: Path, size: int, resize: bool) -> np.ndarray:
-    picture = _decode(path)
-    width, height = picture.size
-    if (width, height) != (size, size):
-        if not resize:
-            raise DataError(
-                f"{path} has {width} x {height} px where {size} x {size} were expected. Give a size to bring all to."
-            )
-        edge = min(width, height)
-        left, top = (width - edge) / 2, (height - edge) / 2
-        picture = picture.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + edge, top + edge))
-    return np.array(picture)
-
-
-def _decode(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            # A palette's transparency can't be kept as a colour; RGBA on the way is what Pillow asks for.
-            return (upright.convert("RGBA") if "transparency" in upright.info else upright).convert("RGB")
-    except FileNotFoundError as error:
-        raise DataError(f"there is no file {path}.") from error
-    except Exception as error:  # decoders of damaged files raise whatever they stumble on
-        raise DataError(f"{path} cannot be read as an image: {error}. Repair or remove it.") from error
+    """`files.read_files` as a tensor, uint8 [N, size, size, 3]."""
+    return torch.from_numpy(read_files(paths, size, resize))

@@ -9,11 +9,9 @@ import torch
 from torchvision import datasets
 
 from thrifty.data import images
-from thrifty.data.images import ImageSet, image_size, read_images
+from thrifty.data.files import SAMPLE, image_size
+from thrifty.data.images import ImageSet, read_images
 from thrifty.errors import DataError
-
-SAMPLE = Path(__file__).parent / "sample"
-"""1,000 CIFAR-10 test photographs, 100 a class, as JPEG files in one directory a class."""
 
 SOURCES = ("folder", "cifar10", "cifar100", "sample")
 
