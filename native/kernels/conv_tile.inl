@@ -1,0 +1,92 @@
+// The register tile of the direct convolution: ROWS output channels by COLUMNS vectors of neighbouring pixels.
+//
+// Weights are read where they lie, one broadcast for each row, input channel and tap; pixels are read where they lie,
+// one unaligned load for each column and tap. No set of channels is ever gathered, and sums are added in the order of
+// input channels and taps, whatever the tile.
+
+// What all tiles of a task share. Tiles are compiled for runs of three taps (RUN = 3), of one (1), and for one tap in
+// all, at the pixel itself (0).
+struct Sources {
+    const std::ptrdiff_t* channel;  // [count]: floats from the base of a pixel to its value in each active input channel
+    const int* weight;              // [count]: floats from the start of a weight row to the channel's first tap
+    int count;
+    const std::ptrdiff_t* run;      // [runs]: floats from a pixel to the pixel under the first tap of each run
+    int runs;                       // runs of taps whose pixels, like their weights, are neighbours
+};
+
+struct Column {
+    const float* in;                // the vector's first pixel, in channel 0 of the source
+    std::ptrdiff_t out, residual;   // of its first pixel in a channel's plane
+    int pixels;                     // that are written, 1 to `lanes`
+};
+
+struct Row {
+    const float* weight;
+    float* out;                     // the channel's plane
+    const float* residual;          // the channel's plane or null
+    float bias, scale;
+};
+
+inline constexpr int max_rows = 6, max_columns = 4;
+
+template <int ROWS, int COLUMNS, int RUN>
+__attribute__((always_inline)) inline void accumulate(const Sources& s, const Row* row, const Column* column,
+                                                      V (&sum)[ROWS][COLUMNS]) {
+    const float* in[COLUMNS];
+    const float* weight[ROWS];
+    for (int c = 0; c < COLUMNS; ++c) in[c] = column[c].in;
+    for (int r = 0; r < ROWS; ++r) weight[r] = row[r].weight;
+    const std::ptrdiff_t* const run = s.run;
+    const int count = s.count, runs = s.runs;
+    for (int a = 0; a < count; ++a) {
+        const std::ptrdiff_t x = s.channel[a];
+        std::ptrdiff_t w = s.weight[a];
+        for (int n = 0; n < (RUN > 0 ? runs : 1); ++n, w += RUN) {
+            const std::ptrdiff_t at = RUN > 0 ? x + run[n] : x;
+#pragma GCC unroll 3
+            for (int t = 0; t < (RUN > 0 ? RUN : 1); ++t) {
+                V pixel[COLUMNS];
+#pragma GCC unroll 4
+                for (int c = 0; c < COLUMNS; ++c) pixel[c] = load(in[c] + at + t);
+#pragma GCC unroll 6
+                for (int r = 0; r < ROWS; ++r) {
+                    const V value = broadcast(weight[r][w + t]);
+#pragma GCC unroll 4
+                    for (int c = 0; c < COLUMNS; ++c) sum[r][c] += value * pixel[c];
+                }
+            }
+        }
+    }
+}
+
+template <int ROWS, int COLUMNS, int RUN>
+void tile(const Sources& s, const Row* row, const Column* column, Activation activation, float slope) {
+    V sum[ROWS][COLUMNS] = {};
+    accumulate<ROWS, COLUMNS, RUN>(s, row, column, sum);
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; ++r) {
+        const V bias = broadcast(row[r].bias), scale = broadcast(row[r].scale);
+#pragma GCC unroll 4
+        for (int c = 0; c < COLUMNS; ++c) {
+            V y = (sum[r][c] + bias) * scale;
+            if (row[r].residual) y += load(row[r].residual + column[c].residual);
+            y = activate(y, activation, slope);
+            store_part(row[r].out + column[c].out, y, column[c].pixels);
+        }
+    }
+}
+
+using Tile = void (*)(const Sources&, const Row*, const Column*, Activation, float);
+
+// Most columns that a tile of so many rows takes: some twelve sums keep both multipliers busy.
+inline constexpr int columns_of(int rows) { return rows >= 5 ? 2 : rows == 4 ? 3 : 4; }
+
+template <int RUN>
+inline constexpr Tile tiles[max_rows][max_columns] = {
+    {tile<1, 1, RUN>, tile<1, 2, RUN>, tile<1, 3, RUN>, tile<1, 4, RUN>},
+    {tile<2, 1, RUN>, tile<2, 2, RUN>, tile<2, 3, RUN>, tile<2, 4, RUN>},
+    {tile<3, 1, RUN>, tile<3, 2, RUN>, tile<3, 3, RUN>, tile<3, 4, RUN>},
+    {tile<4, 1, RUN>, tile<4, 2, RUN>, tile<4, 3, RUN>, nullptr},
+    {tile<5, 1, RUN>, tile<5, 2, RUN>, nullptr, nullptr},
+    {tile<6, 1, RUN>, tile<6, 2, RUN>, nullptr, nullptr},
+};

@@ -1,0 +1,32 @@
+// Vectors of floats as the compiler's own type: the same source serves every instruction set, by the flags it is
+// compiled with. Include inside the namespace of an instruction set only after THRIFTY_VECTOR says its width.
+#pragma once
+
+#ifndef THRIFTY_VECTOR
+#error "define THRIFTY_VECTOR, floats in a vector register, before including vec.h"
+#endif
+
+namespace thrifty::THRIFTY_ISA {
+
+inline constexpr int lanes = THRIFTY_VECTOR;
+typedef float V __attribute__((vector_size(lanes * sizeof(float))));
+typedef float Unaligned __attribute__((vector_size(lanes * sizeof(float)), aligned(4), may_alias));
+typedef int I __attribute__((vector_size(lanes * sizeof(int))));
+
+inline V load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+inline void store(float* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
+inline V broadcast(float x) { return x - V{}; }  // minus: x + 0 is not x where x is -0
+// Where either is NaN, the second is returned.
+inline V max(V a, V b) { return a > b ? a : b; }
+inline V min(V a, V b) { return a < b ? a : b; }
+
+// Writes the first `count` lanes, 0 < count <= lanes.
+inline void store_part(float* p, V v, int count) {
+    if (count == lanes) {
+        store(p, v);
+        return;
+    }
+    for (int i = 0; i < count; ++i) p[i] = v[i];
+}
+
+}  // namespace thrifty::THRIFTY_ISA

@@ -1,0 +1,117 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+
+#include "kernels/conv.h"
+
+namespace thrifty {
+namespace {
+
+using std::int64_t;
+
+constexpr int64_t line = 16;   // floats of a cache line
+constexpr int64_t front = 64;  // floats before the first buffer, so that reading a little before a plane stays inside
+
+int64_t rounded(int64_t value) { return (value + line - 1) / line * line; }
+
+bool sparse_after(const Operator& op, const std::vector<Layout>& buffers) {
+    const auto sparse = [&](int buffer) { return buffers[static_cast<std::size_t>(buffer)].sparse; };
+    if (!keeps_zero(op.activation)) return false;
+    switch (op.kind) {
+        case Kind::conv: return op.gated && (op.inputs.size() < 2 || sparse(op.inputs[1]));
+        case Kind::linear:
+        case Kind::layer_norm: return false;
+        case Kind::affine: return !op.shift && sparse(op.inputs[0]);
+        case Kind::pad: return (op.value == 0 || !op.padding.any()) && sparse(op.inputs[0]);
+        case Kind::add: return sparse(op.inputs[0]) && sparse(op.inputs[1]);
+        case Kind::mul:
+        case Kind::concat: return std::any_of(op.inputs.begin(), op.inputs.end(), sparse);
+        default: return sparse(op.inputs[0]);
+    }
+}
+
+struct Life {
+    int first = 0, last = 0;  // operators: written by, read last by
+};
+
+// Offsets of blocks, the large ones first, each at the lowest place that is free during its life.
+int64_t place(const std::vector<Life>& lives, const std::vector<int64_t>& sizes, std::vector<int64_t>& offsets) {
+    std::vector<std::size_t> order(sizes.size());
+    std::iota(order.begin(), order.end(), std::size_t{0});
+    std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return sizes[a] > sizes[b]; });
+    std::vector<std::size_t> placed;  // by offset
+    int64_t total = 0;
+    for (const std::size_t block : order) {
+        int64_t offset = 0;
+        for (const std::size_t other : placed) {
+            if (lives[other].last < lives[block].first || lives[block].last < lives[other].first) continue;
+            if (offsets[other] >= offset + sizes[block]) break;
+            offset = std::max(offset, offsets[other] + sizes[other]);
+        }
+        offsets[block] = offset;
+        total = std::max(total, offset + sizes[block]);
+        placed.insert(std::upper_bound(placed.begin(), placed.end(), block,
+                                       [&](auto a, auto b) { return offsets[a] < offsets[b]; }), block);
+    }
+    return total;
+}
+
+}  // namespace
+
+Plan make_plan(const Program& program, const Limits& limits) {
+    const std::size_t count = program.buffers.size();
+    Plan plan;
+    plan.buffers.resize(count);
+    std::vector<Life> lives(count);
+    for (std::size_t b = 0; b < count; ++b) plan.buffers[b].shape = program.buffers[b];
+    for (std::size_t i = 0; i < program.operators.size(); ++i) {
+        const Operator& op = program.operators[i];
+        Layout& out = plan.buffers[static_cast<std::size_t>(op.output)];
+        const Layout& in = plan.buffers[static_cast<std::size_t>(op.inputs[0])];
+        out.sparse = sparse_after(op, plan.buffers);
+        out.granule = op.kind == Kind::flatten ? static_cast<int>(in.shape.pixels()) * in.granule : 1;
+        if (op.kind == Kind::activation || op.kind == Kind::affine) out.granule = in.granule;
+        lives[static_cast<std::size_t>(op.output)] = {static_cast<int>(i), static_cast<int>(i)};
+        for (const int input : op.inputs) lives[static_cast<std::size_t>(input)].last = static_cast<int>(i);
+        if (op.kind == Kind::conv) {
+            Padding& halo = plan.buffers[static_cast<std::size_t>(op.inputs[0])].halo;
+            halo.top = std::max(halo.top, op.padding.top);
+            halo.bottom = std::max(halo.bottom, op.padding.bottom);
+            halo.left = std::max(halo.left, op.padding.left);
+            halo.right = std::max(halo.right, op.padding.right);
+        }
+    }
+    lives[static_cast<std::size_t>(program.output)].last = static_cast<int>(program.operators.size());
+
+    std::vector<int64_t> sizes(count), offsets(count);
+    for (std::size_t b = 0; b < count; ++b) {
+        Layout& layout = plan.buffers[b];
+        const Shape& shape = layout.shape;
+        const Padding& halo = layout.halo;
+        layout.row = int64_t{shape.width} + halo.left + halo.right;
+        layout.plane = layout.row * (int64_t{shape.height} + halo.top + halo.bottom);  // < 2^53
+        int64_t size;
+        if (__builtin_mul_overflow(static_cast<int64_t>(layout.plane), int64_t{shape.channels}, &size) ||
+            size > limits.memory / 4)
+            throw std::invalid_argument("buffer " + std::to_string(b) + " with its padding takes more than the limit of " +
+                                        std::to_string(limits.memory) + " bytes.");
+        // Planes a power of two apart would share a few sets of the cache. Vectors stay dense.
+        if (layout.plane % 256 == 0) layout.plane += line;
+        sizes[b] = rounded(layout.plane * shape.channels);
+    }
+    const int64_t total = front + place(lives, sizes, offsets) + static_cast<int64_t>(read_ahead);
+    if (total > limits.memory / 4)
+        throw std::invalid_argument("the activations of one image take " + std::to_string(total * 4) +
+                                    " bytes, more than the limit of " + std::to_string(limits.memory) + ".");
+    for (std::size_t b = 0; b < count; ++b) {
+        Layout& layout = plan.buffers[b];
+        layout.offset = front + offsets[b] + layout.halo.top * layout.row + layout.halo.left;
+    }
+    plan.arena = static_cast<std::size_t>(rounded(total));
+    return plan;
+}
+
+}  // namespace thrifty

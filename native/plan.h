@@ -1,0 +1,33 @@
+// Where every buffer lies in memory, and what is known about it before any image comes.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "kernels/map.h"
+#include "program.h"
+
+namespace thrifty {
+
+struct Layout {
+    Shape shape;
+    Padding halo;              // zeros around each plane: what the convolutions that read it pad by
+    std::ptrdiff_t row = 0;    // floats from row to row
+    std::ptrdiff_t plane = 0;  // floats from channel to channel
+    std::ptrdiff_t offset = 0; // of channel 0, row 0, column 0 in the arena
+    bool sparse = false;       // channels may be inactive, by the decisions of an image
+    int granule = 1;           // so many neighbouring channels share their activity
+
+    Map map(float* arena) const { return {arena + offset, shape.channels, shape.height, shape.width, row, plane}; }
+};
+
+struct Plan {
+    std::vector<Layout> buffers;
+    std::size_t arena = 0;  // floats
+};
+
+// Lays buffers that are never needed at the same time over each other. Throws std::invalid_argument where the arena
+// would take more than limits.memory.
+Plan make_plan(const Program& program, const Limits& limits);
+
+}  // namespace thrifty

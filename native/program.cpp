@@ -1,0 +1,444 @@
+#include "program.h"
+
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+#include <stdexcept>
+#include <string_view>
+#include <utility>
+
+namespace thrifty {
+namespace {
+
+using std::int64_t;
+using std::string;
+
+constexpr int64_t max_extent = 1 << 24;     // channels, height, width, padding, dilation: sums of a few fit an int
+constexpr int64_t max_operators = 20'000;
+
+struct Spec {
+    const char* name;
+    Kind kind;
+    int inputs;  // -1: one or more; conv: one or two
+    std::initializer_list<std::string_view> attributes;
+    std::initializer_list<std::string_view> tensors;
+};
+
+const Spec specs[] = {
+    {"conv", Kind::conv, -1,
+     {"stride", "padding", "dilation", "groups", "activation", "slope", "gate", "winners"},
+     {"weight", "bias", "gate_weight", "gate_bias"}},
+    {"linear", Kind::linear, 1, {"activation", "slope"}, {"weight", "bias"}},
+    {"affine", Kind::affine, 1, {"activation", "slope"}, {"scale", "shift"}},
+    {"activation", Kind::activation, 1, {"activation", "slope"}, {}},
+    {"add", Kind::add, 2, {"activation", "slope"}, {}},
+    {"mul", Kind::mul, 2, {"activation", "slope"}, {}},
+    {"concat", Kind::concat, -1, {}, {}},
+    {"gather", Kind::gather, 1, {}, {"index"}},
+    {"max_pool", Kind::max_pool, 1, {"kernel", "stride", "padding", "dilation"}, {}},
+    {"avg_pool", Kind::avg_pool, 1, {"kernel", "stride", "padding", "count_include_pad", "divisor"}, {}},
+    {"adaptive_avg_pool", Kind::adaptive_avg_pool, 1, {}, {}},
+    {"adaptive_max_pool", Kind::adaptive_max_pool, 1, {}, {}},
+    {"pad", Kind::pad, 1, {"padding", "value"}, {}},
+    {"layer_norm", Kind::layer_norm, 1, {"epsilon"}, {"weight", "bias"}},
+    {"flatten", Kind::flatten, 1, {}, {}},
+};
+
+constexpr std::pair<std::string_view, Activation> activations[] = {
+    {"none", Activation::none}, {"relu", Activation::relu}, {"relu6", Activation::relu6},
+    {"leaky_relu", Activation::leaky_relu}, {"silu", Activation::silu}, {"gelu", Activation::gelu},
+    {"gelu_tanh", Activation::gelu_tanh}, {"hardswish", Activation::hardswish}, {"sigmoid", Activation::sigmoid},
+    {"hardsigmoid", Activation::hardsigmoid}, {"tanh", Activation::tanh},
+};
+
+// Text of a hostile file, fit for one line of an error.
+string shown(const string& text) {
+    string result;
+    for (const char c : text.substr(0, 80)) result += c >= ' ' && c < 0x7f ? c : '?';
+    return result + (text.size() > 80 ? "..." : "");
+}
+
+string text(const std::vector<int64_t>& shape) {
+    string result = "[";
+    for (std::size_t i = 0; i < shape.size() && i < 8; ++i) result += (i ? ", " : "") + std::to_string(shape[i]);
+    return result + (shape.size() > 8 ? ", ...]" : "]");
+}
+
+string text(const Shape& shape) { return text({shape.channels, shape.height, shape.width}); }
+
+[[noreturn]] void fail(const string& message) { throw std::invalid_argument(message + "."); }
+
+int64_t product(const std::vector<int64_t>& sizes) {  // saturates; sizes are not negative
+    int64_t result = 1;
+    for (const int64_t size : sizes)
+        if (__builtin_mul_overflow(result, size, &result)) return std::numeric_limits<int64_t>::max();
+    return result;
+}
+
+int64_t sum(int64_t a, int64_t b) {
+    int64_t result;
+    return __builtin_add_overflow(a, b, &result) ? std::numeric_limits<int64_t>::max() : result;
+}
+
+// Reads one operator of the source and checks it against the shapes of its buffers.
+class Reader {
+public:
+    Reader(const OperatorSource& source, std::size_t place, const std::vector<Shape>& buffers)
+        : source_(source), buffers_(buffers), where_("operator " + std::to_string(place) + " (" +
+          shown(source.kind) + (source.name.empty() ? "" : " '" + shown(source.name) + "'") + ")") {}
+
+    Operator read(const std::vector<bool>& written) {
+        const Spec& spec = find_spec();
+        op_.kind = spec.kind;
+        op_.name = source_.name;
+        read_edges(spec, written);
+        check_names(spec);
+        read_activation();
+        switch (spec.kind) {
+            case Kind::conv: conv(); break;
+            case Kind::linear: linear(); break;
+            case Kind::affine: affine(); break;
+            case Kind::activation: same(in(), "its input"); break;
+            case Kind::add:
+            case Kind::mul: binary(); break;
+            case Kind::concat: concat(); break;
+            case Kind::gather: gather(); break;
+            case Kind::max_pool:
+            case Kind::avg_pool: pool(); break;
+            case Kind::adaptive_avg_pool:
+            case Kind::adaptive_max_pool: adaptive(); break;
+            case Kind::pad: pad(); break;
+            case Kind::layer_norm: layer_norm(); break;
+            case Kind::flatten: flatten(); break;
+        }
+        if (op_.work == 0) op_.work = std::max(in().size(), out().size());
+        return std::move(op_);
+    }
+
+private:
+    [[noreturn]] void wrong(const string& message) const { fail(where_ + ": " + message); }
+    void require(bool condition, const string& message) const { if (!condition) wrong(message); }
+
+    const Shape& in(std::size_t i = 0) const { return buffers_[static_cast<std::size_t>(op_.inputs[i])]; }
+    const Shape& out() const { return buffers_[static_cast<std::size_t>(op_.output)]; }
+
+    const Spec& find_spec() const {
+        for (const Spec& spec : specs)
+            if (source_.kind == spec.name) return spec;
+        string known;
+        for (const Spec& spec : specs) known += string(known.empty() ? "" : ", ") + spec.name;
+        wrong("there is no such kind of operator; known are " + known);
+    }
+
+    void read_edges(const Spec& spec, const std::vector<bool>& written) {
+        const auto buffers = static_cast<int64_t>(buffers_.size());
+        const std::size_t count = source_.inputs.size();
+        const bool conv = spec.kind == Kind::conv;
+        if (spec.inputs < 0) require(count >= 1 && (!conv || count <= 2), "it has " + std::to_string(count) +
+                                     " inputs, but takes " + (conv ? "one or two" : "one or more"));
+        else require(count == static_cast<std::size_t>(spec.inputs), "it has " + std::to_string(count) +
+                     " inputs, but takes " + std::to_string(spec.inputs));
+        for (const int64_t input : source_.inputs) {
+            require(input >= 0 && input < buffers, "input buffer " + std::to_string(input) + " does not exist");
+            require(written[static_cast<std::size_t>(input)],
+                    "buffer " + std::to_string(input) + " is read before any operator has written it");
+            op_.inputs.push_back(static_cast<int>(input));
+        }
+        require(source_.output > 0 && source_.output < buffers,
+                "output buffer " + std::to_string(source_.output) + " does not exist or is the program's input");
+        require(!written[static_cast<std::size_t>(source_.output)],
+                "buffer " + std::to_string(source_.output) + " is written twice");
+        op_.output = static_cast<int>(source_.output);
+    }
+
+    void check_names(const Spec& spec) const {
+        const auto has = [](auto names, const string& name) {
+            return std::find(names.begin(), names.end(), name) != names.end();
+        };
+        for (const auto& [name, value] : source_.attributes)
+            require(has(spec.attributes, name), "it takes no attribute '" + shown(name) + "'");
+        for (const auto& [role, tensor] : source_.tensors)
+            require(has(spec.tensors, role), "it takes no tensor '" + shown(role) + "'");
+    }
+
+    // ---- attributes
+
+    template <class T>
+    const T* attribute(const char* name, const char* type) const {
+        const auto found = source_.attributes.find(name);
+        if (found == source_.attributes.end()) return nullptr;
+        const T* value = std::get_if<T>(&found->second);
+        require(value != nullptr, string("attribute '") + name + "' must be " + type);
+        return value;
+    }
+
+    int integer(const char* name, int64_t least, int64_t most, int64_t otherwise) const {
+        const int64_t* found = attribute<int64_t>(name, "an integer");
+        const int64_t value = found ? *found : otherwise;
+        require(value >= least && value <= most, string("attribute '") + name + "' is " + std::to_string(value) +
+                ", but must be in [" + std::to_string(least) + ", " + std::to_string(most) + "]");
+        return static_cast<int>(value);
+    }
+
+    float number(const char* name, double otherwise) const {
+        double value = otherwise;
+        if (const auto found = source_.attributes.find(name); found != source_.attributes.end()) {
+            if (const auto* whole = std::get_if<int64_t>(&found->second)) value = static_cast<double>(*whole);
+            else value = *attribute<double>(name, "a number");
+        }
+        require(std::isfinite(value) && std::abs(value) <= 3e38, string("attribute '") + name + "' must be finite");
+        return static_cast<float>(value);
+    }
+
+    // `count` integers in [least, max_extent]; where the attribute is missing, all are `otherwise` (< 0: it is needed).
+    std::vector<int> integers(const char* name, std::size_t count, int64_t least, int otherwise) const {
+        const auto* found = attribute<std::vector<int64_t>>(name, "a tuple of integers");
+        if (!found) {
+            require(otherwise >= 0, string("attribute '") + name + "' is missing");
+            return std::vector<int>(count, otherwise);
+        }
+        require(found->size() == count, string("attribute '") + name + "' has " + std::to_string(found->size()) +
+                " numbers, but needs " + std::to_string(count));
+        for (const int64_t value : *found)
+            require(value >= least && value <= max_extent, string("attribute '") + name + "' is " + text(*found) +
+                    ", but each must be in [" + std::to_string(least) + ", " + std::to_string(max_extent) + "]");
+        return {found->begin(), found->end()};
+    }
+
+    void read_activation() {
+        if (const auto* name = attribute<string>("activation", "a string")) {
+            const auto* found = std::find_if(std::begin(activations), std::end(activations),
+                                             [&](const auto& known) { return known.first == *name; });
+            require(found != std::end(activations), "there is no activation '" + shown(*name) + "'");
+            op_.activation = found->second;
+        }
+        op_.slope = number("slope", 0.01);
+    }
+
+    void read_padding() {
+        const auto padding = integers("padding", 4, 0, 0);
+        op_.padding = {padding[0], padding[1], padding[2], padding[3]};
+    }
+
+    void read_window(int kernel_height, int kernel_width, int default_stride) {
+        op_.kernel_height = kernel_height;
+        op_.kernel_width = kernel_width;
+        const auto stride = integers("stride", 2, 1, default_stride);
+        const auto dilation = integers("dilation", 2, 1, 1);
+        op_.stride_height = stride[0], op_.stride_width = stride[1];
+        op_.dilation_height = dilation[0], op_.dilation_width = dilation[1];
+        read_padding();
+    }
+
+    // ---- tensors
+
+    bool has(const char* role) const { return source_.tensors.contains(role); }
+
+    const void* tensor(const char* role, TensorSource::Type type, const std::vector<int64_t>& shape) const {
+        const auto found = source_.tensors.find(role);
+        require(found != source_.tensors.end(), string("tensor '") + role + "' is missing");
+        const TensorSource& tensor = found->second;
+        const bool floats = type == TensorSource::Type::float32;
+        require(tensor.type == type, string("tensor '") + role + "' must be " + (floats ? "float32" : "int32"));
+        require(tensor.shape == shape, string("tensor '") + role + "' is " + text(tensor.shape) + ", but must be " + text(shape));
+        require(tensor.contiguous && tensor.data && reinterpret_cast<std::uintptr_t>(tensor.data) % 4 == 0,
+                string("tensor '") + role + "' must be contiguous in C order and aligned");
+        return tensor.data;
+    }
+
+    const float* floats(const char* role, const std::vector<int64_t>& shape) const {
+        return static_cast<const float*>(tensor(role, TensorSource::Type::float32, shape));
+    }
+
+    // ---- kinds
+
+    void same(const Shape& shape, const char* what) const {
+        require(out() == shape, "its output is " + text(out()) + ", but must be " + text(shape) + " like " + what);
+    }
+
+    // Sizes of a window's output: rounded down, or where `ceiling` is allowed also up.
+    void check_extent(const char* what, int size, int before, int after, int kernel, int dilation, int stride,
+                      int found, bool ceiling) const {
+        const int64_t reach = int64_t{dilation} * (kernel - 1) + 1;
+        const int64_t room = int64_t{size} + before + after - reach;
+        require(room >= 0, string("its window of ") + std::to_string(reach) + " is larger than the padded " + what +
+                " of " + std::to_string(room + reach));
+        const int64_t down = room / stride + 1;
+        const int64_t up = (room + stride - 1) / stride + 1;
+        const bool fits = found == down || (ceiling && found == up && (up - 1) * stride < int64_t{size} + before);
+        require(fits, string("its output has ") + what + " " + std::to_string(found) + ", but the window gives " +
+                std::to_string(down));
+    }
+
+    void check_window(bool ceiling) const {
+        check_extent("height", in().height, op_.padding.top, op_.padding.bottom, op_.kernel_height,
+                     op_.dilation_height, op_.stride_height, out().height, ceiling);
+        check_extent("width", in().width, op_.padding.left, op_.padding.right, op_.kernel_width,
+                     op_.dilation_width, op_.stride_width, out().width, ceiling);
+    }
+
+    void conv() {
+        const Shape x = in(), y = out();
+        const auto weight = source_.tensors.find("weight");
+        require(weight != source_.tensors.end(), "tensor 'weight' is missing");
+        const auto& shape = weight->second.shape;
+        require(shape.size() == 4 && std::all_of(shape.begin(), shape.end(), [](int64_t n) {
+                    return n >= 1 && n <= max_extent; }),
+                "tensor 'weight' is " + text(shape) + ", but must be [output channels, input channels / groups, "
+                "kernel height, kernel width]");
+        read_window(static_cast<int>(shape[2]), static_cast<int>(shape[3]), 1);
+        op_.groups = integer("groups", 1, max_extent, 1);
+        require(x.channels % op_.groups == 0 && y.channels % op_.groups == 0, std::to_string(op_.groups) +
+                " groups do not divide its " + std::to_string(x.channels) + " input and " +
+                std::to_string(y.channels) + " output channels");
+        op_.weight = floats("weight", {y.channels, x.channels / op_.groups, shape[2], shape[3]});
+        op_.bias = floats("bias", {y.channels});
+        check_window(false);
+        if (op_.inputs.size() == 2)
+            require(in(1) == y, "its residual is " + text(in(1)) + ", but its output " + text(y));
+        op_.work = product({shape[1], shape[2], shape[3], y.channels, y.pixels()});
+        const auto* gate = attribute<string>("gate", "a string");
+        op_.gated = gate != nullptr;
+        if (gate) {
+            require(*gate == "topk", "there is no gate '" + shown(*gate) + "'");
+            require(source_.attributes.contains("winners"), "it is gated, but attribute 'winners' is missing");
+            op_.winners = integer("winners", 1, y.channels, 0);
+            op_.gate_weight = floats("gate_weight", {y.channels, x.channels});
+            op_.gate_bias = floats("gate_bias", {y.channels});
+            op_.work = sum(op_.work, sum(x.size(), int64_t{x.channels} * y.channels));
+        } else {
+            require(!source_.attributes.contains("winners") && !has("gate_weight") && !has("gate_bias"),
+                    "it has a gate's winners or tensors, but no attribute 'gate'");
+        }
+    }
+
+    void linear() {
+        require(in().vector() && out().vector(), "it takes a vector (F, 1, 1) to a vector, not " + text(in()) +
+                " to " + text(out()));
+        op_.weight = floats("weight", {out().channels, in().channels});
+        op_.bias = floats("bias", {out().channels});
+        op_.work = int64_t{out().channels} * in().channels;
+    }
+
+    void affine() {
+        same(in(), "its input");
+        op_.scale = floats("scale", {in().channels});
+        if (has("shift")) op_.shift = floats("shift", {in().channels});
+    }
+
+    void binary() {
+        const Shape a = in(0), b = in(1);
+        same(a, "its first input");
+        const bool fits = b == a || b == Shape{a.channels, 1, 1} ||
+                          (op_.kind == Kind::mul && b == Shape{1, a.height, a.width});
+        require(fits, "its inputs " + text(a) + " and " + text(b) + " do not go together");
+    }
+
+    void concat() {
+        int64_t channels = 0;
+        for (std::size_t i = 0; i < op_.inputs.size(); ++i) {
+            require(in(i).height == out().height && in(i).width == out().width,
+                    "its input " + text(in(i)) + " and its output " + text(out()) + " differ in height or width");
+            channels = sum(channels, in(i).channels);
+        }
+        require(channels == out().channels, "its inputs have " + std::to_string(channels) +
+                " channels together, but its output " + std::to_string(out().channels));
+    }
+
+    void gather() {
+        same({out().channels, in().height, in().width}, "its input in height and width");
+        const auto* index = static_cast<const std::int32_t*>(
+            tensor("index", TensorSource::Type::int32, {out().channels}));
+        op_.index.assign(index, index + out().channels);
+        for (const int c : op_.index)
+            require(c >= 0 && c < in().channels, "its index " + std::to_string(c) + " is not in [0, " +
+                    std::to_string(in().channels - 1) + "]");
+    }
+
+    void pool() {
+        const auto kernel = integers("kernel", 2, 1, -1);
+        read_window(kernel[0], kernel[1], 1);
+        if (op_.kind == Kind::avg_pool) {
+            op_.count_include_pad = integer("count_include_pad", 0, 1, 1) == 1;
+            op_.divisor = integer("divisor", 0, max_extent, 0);
+        }
+        const auto& p = op_.padding;
+        require(std::max(p.top, p.bottom) < kernel[0] && std::max(p.left, p.right) < kernel[1],
+                "its padding is not smaller than its kernel");
+        require(in().channels == out().channels, "its output has another number of channels than its input");
+        check_window(true);
+        op_.work = product({kernel[0], kernel[1], out().channels, out().pixels()});
+    }
+
+    void adaptive() {
+        require(in().channels == out().channels, "its output has another number of channels than its input");
+        op_.work = sum(in().size(), product({out().channels, out().pixels(), in().height / out().height + 2,
+                                             in().width / out().width + 2}));
+    }
+
+    void pad() {
+        read_padding();
+        op_.value = number("value", 0);
+        const auto& p = op_.padding;
+        same({in().channels, in().height + p.top + p.bottom, in().width + p.left + p.right}, "its padded input");
+    }
+
+    void layer_norm() {
+        same(in(), "its input");
+        op_.epsilon = number("epsilon", 1e-5);
+        require(op_.epsilon >= 0, "attribute 'epsilon' must not be negative");
+        op_.weight = floats("weight", {in().channels});
+        op_.bias = floats("bias", {in().channels});
+    }
+
+    void flatten() {
+        require(out().vector() && out().channels == in().size(),
+                "it takes " + text(in()) + " to " + text(out()) + ", but must give a vector of all values");
+    }
+
+    const OperatorSource& source_;
+    const std::vector<Shape>& buffers_;
+    string where_;
+    Operator op_;
+};
+
+Shape read_shape(const std::vector<int64_t>& sizes, std::size_t place, const Limits& limits) {
+    const string where = "buffer " + std::to_string(place) + " of shape " + text(sizes) + " ";
+    if (sizes.size() != 3) fail(where + "must have three sizes: channels, height, width");
+    for (const int64_t size : sizes)
+        if (size < 1 || size > max_extent) fail(where + "has a size that is not in [1, " + std::to_string(max_extent) + "]");
+    if (product(sizes) > limits.memory / 4) fail(where + "takes more than the limit of " + std::to_string(limits.memory) + " bytes");
+    return {static_cast<int>(sizes[0]), static_cast<int>(sizes[1]), static_cast<int>(sizes[2])};
+}
+
+}  // namespace
+
+Program validate(const Source& source, const Limits& limits) {
+    if (static_cast<int64_t>(source.operators.size()) > max_operators)
+        fail("the program has " + std::to_string(source.operators.size()) + " operators, but at most " +
+             std::to_string(max_operators) + " are allowed");
+    if (source.buffers.size() != source.operators.size() + 1)
+        fail("the program has " + std::to_string(source.buffers.size()) + " buffers and " +
+             std::to_string(source.operators.size()) + " operators, but each operator must write one buffer of its own");
+    Program program;
+    for (const auto& sizes : source.buffers)
+        program.buffers.push_back(read_shape(sizes, program.buffers.size(), limits));
+    std::vector<bool> written(program.buffers.size(), false);
+    written[0] = true;
+    int64_t work = 0;
+    for (const auto& op : source.operators) {
+        program.operators.push_back(Reader(op, program.operators.size(), program.buffers).read(written));
+        written[static_cast<std::size_t>(op.output)] = true;
+        work = sum(work, program.operators.back().work);
+        if (work > limits.macs)
+            fail("operator " + std::to_string(program.operators.size() - 1) + " (" + shown(op.kind) + " '" + shown(op.name) +
+                 "'): the program needs more than the limit of " + std::to_string(limits.macs) + " MACs up to here");
+    }
+    if (source.output < 0 || source.output >= static_cast<int64_t>(program.buffers.size()))
+        fail("the program's output is buffer " + std::to_string(source.output) + ", which does not exist");
+    program.output = static_cast<int>(source.output);
+    return program;
+}
+
+}  // namespace thrifty

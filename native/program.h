@@ -1,0 +1,112 @@
+// A program: what one image goes through, checked once so that nothing after has to check again.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "kernels/activation.h"
+
+namespace thrifty {
+
+struct Shape {
+    int channels = 0, height = 0, width = 0;
+
+    std::int64_t pixels() const { return std::int64_t{height} * width; }
+    std::int64_t size() const { return channels * pixels(); }
+    bool vector() const { return height == 1 && width == 1; }
+    bool operator==(const Shape&) const = default;
+};
+
+struct Padding {
+    int top = 0, bottom = 0, left = 0, right = 0;
+
+    bool any() const { return top || bottom || left || right; }
+};
+
+enum class Kind : std::uint8_t {
+    conv, linear, affine, activation, add, mul, concat, gather, max_pool, avg_pool, adaptive_avg_pool,
+    adaptive_max_pool, pad, layer_norm, flatten,
+};
+
+// ---- as it comes from outside
+
+struct TensorSource {
+    enum class Type : std::uint8_t { float32, int32, other };
+    const void* data = nullptr;
+    std::vector<std::int64_t> shape;
+    Type type = Type::other;
+    bool contiguous = false;  // in C order
+};
+
+using Attribute = std::variant<std::int64_t, double, std::string, std::vector<std::int64_t>>;
+
+struct OperatorSource {
+    std::string kind, name;
+    std::vector<std::int64_t> inputs;
+    std::int64_t output = -1;
+    std::map<std::string, Attribute> attributes;
+    std::map<std::string, TensorSource> tensors;
+};
+
+struct Source {
+    std::vector<std::vector<std::int64_t>> buffers;  // each (channels, height, width)
+    std::vector<OperatorSource> operators;
+    std::int64_t output = -1;
+};
+
+struct Limits {
+    std::int64_t memory = std::int64_t{1} << 30;      // bytes of one image's activations
+    std::int64_t macs = std::int64_t{10'000'000'000'000};  // multiply-accumulates (in pooling: elements) of one image
+};
+
+// ---- as it is run
+
+struct Operator {
+    Kind kind = Kind::activation;
+    std::string name;
+    std::vector<int> inputs;
+    int output = -1;
+
+    Activation activation = Activation::none;
+    float slope = 0.01f;
+
+    int kernel_height = 1, kernel_width = 1, stride_height = 1, stride_width = 1;
+    int dilation_height = 1, dilation_width = 1, groups = 1;
+    Padding padding;
+    bool count_include_pad = true;
+    int divisor = 0;
+    float value = 0, epsilon = 0;
+
+    bool gated = false;
+    int winners = 0;
+
+    const float* weight = nullptr;
+    const float* bias = nullptr;
+    const float* scale = nullptr;
+    const float* shift = nullptr;
+    const float* gate_weight = nullptr;
+    const float* gate_bias = nullptr;
+    std::vector<int> index;
+
+    std::int64_t work = 0;  // multiply-accumulates with everything active, or elements that are read; gates included
+};
+
+struct Program {
+    std::vector<Shape> buffers;
+    std::vector<Operator> operators;
+    int output = 0;
+};
+
+// The program of a source whose tensors outlive it. Throws std::invalid_argument with one sentence that names the
+// operator where anything is wrong.
+Program validate(const Source& source, const Limits& limits);
+
+// Whether an activation leaves zero as it is.
+constexpr bool keeps_zero(Activation activation) {
+    return activation != Activation::sigmoid && activation != Activation::hardsigmoid;
+}
+
+}  // namespace thrifty
