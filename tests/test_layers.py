@@ -15,8 +15,8 @@ ROOT = Path(thrifty.__file__).parent
 
 LEVELS = (
     {"errors"},
-    {"files", "decision", "conversion", "gates", "machine"},
-    {"dynamic"},
+    {"files", "decision", "conversion", "gates", "machine", "program"},
+    {"dynamic", "program_file", "reference"},
     {"macs", "graph", "methods.base"},
     {"methods.fbs"},
     {"methods"},
