@@ -16,7 +16,7 @@ ROOT = Path(thrifty.__file__).parent
 LEVELS = (
     {"errors"},
     {"files", "decision", "conversion", "gates", "machine", "program"},
-    {"dynamic", "program_file", "reference"},
+    {"dynamic", "program_file", "reference", "onnx_export"},
     {"macs", "graph", "methods.base"},
     {"methods.fbs"},
     {"methods"},
