@@ -22,9 +22,7 @@ struct Column {
 
 struct Row {
     const float* weight;
-    float* out;                     // the channel's plane
-    const float* residual;          // the channel's plane or null
-    float bias, scale;
+    Finish finish;
 };
 
 inline constexpr int max_rows = 6, max_columns = 4;
@@ -60,23 +58,19 @@ __attribute__((always_inline)) inline void accumulate(const Sources& s, const Ro
 }
 
 template <int ROWS, int COLUMNS, int RUN>
-void tile(const Sources& s, const Row* row, const Column* column, Activation activation, float slope) {
+void tile(const Sources& s, const Row* row, const Column* column) {
     V sum[ROWS][COLUMNS] = {};
     accumulate<ROWS, COLUMNS, RUN>(s, row, column, sum);
 #pragma GCC unroll 6
     for (int r = 0; r < ROWS; ++r) {
-        const V bias = broadcast(row[r].bias), scale = broadcast(row[r].scale);
 #pragma GCC unroll 4
         for (int c = 0; c < COLUMNS; ++c) {
-            V y = (sum[r][c] + bias) * scale;
-            if (row[r].residual) y += load(row[r].residual + column[c].residual);
-            y = activate(y, activation, slope);
-            store_part(row[r].out + column[c].out, y, column[c].pixels);
+            row[r].finish.write(sum[r][c], column[c].out, column[c].residual, column[c].pixels);
         }
     }
 }
 
-using Tile = void (*)(const Sources&, const Row*, const Column*, Activation, float);
+using Tile = void (*)(const Sources&, const Row*, const Column*);
 
 // Most columns that a tile of so many rows takes: some twelve sums keep both multipliers busy.
 inline constexpr int columns_of(int rows) { return rows >= 5 ? 2 : rows == 4 ? 3 : 4; }
@@ -90,3 +84,52 @@ inline constexpr Tile tiles[max_rows][max_columns] = {
     {tile<5, 1, RUN>, tile<5, 2, RUN>, nullptr, nullptr},
     {tile<6, 1, RUN>, tile<6, 2, RUN>, nullptr, nullptr},
 };
+
+// ---- products with matrices that were made for them: packed pixels, transformed tiles
+
+// Places in the packed values and in the weight rows that belong together.
+struct Pairs {
+    const std::ptrdiff_t* value;
+    const int* weight;
+    int count;
+};
+
+// Several products of the same form, `steps` of them, whose weights lie `weight_step` apart, values `value_step`, and
+// sums, `sum_row` floats for each row and step: sum[r][step][column].
+template <int ROWS, int COLUMNS>
+void tile_sums(Pairs pairs, const float* const* weight, std::ptrdiff_t weight_step, const float* value,
+               std::ptrdiff_t value_step, int steps, float* sums, int sum_row) {
+    Row row[ROWS];
+    Column column[COLUMNS];
+    const Sources sources{pairs.value, pairs.weight, pairs.count, nullptr, 1};
+    for (int step = 0; step < steps; ++step) {
+        for (int r = 0; r < ROWS; ++r) row[r].weight = weight[r] + step * weight_step;
+        for (int c = 0; c < COLUMNS; ++c) column[c].in = value + step * value_step + c * lanes;
+        V sum[ROWS][COLUMNS] = {};
+        accumulate<ROWS, COLUMNS, 0>(sources, row, column, sum);
+        for (int r = 0; r < ROWS; ++r) {
+            for (int c = 0; c < COLUMNS; ++c) store(sums + (r * steps + step) * sum_row + c * lanes, sum[r][c]);
+        }
+    }
+}
+
+using TileSums = void (*)(Pairs, const float* const*, std::ptrdiff_t, const float*, std::ptrdiff_t, int, float*, int);
+
+inline constexpr TileSums sum_tiles[max_rows][max_columns] = {
+    {tile_sums<1, 1>, tile_sums<1, 2>, tile_sums<1, 3>, tile_sums<1, 4>},
+    {tile_sums<2, 1>, tile_sums<2, 2>, tile_sums<2, 3>, tile_sums<2, 4>},
+    {tile_sums<3, 1>, tile_sums<3, 2>, tile_sums<3, 3>, tile_sums<3, 4>},
+    {tile_sums<4, 1>, tile_sums<4, 2>, tile_sums<4, 3>, nullptr},
+    {tile_sums<5, 1>, tile_sums<5, 2>, nullptr, nullptr},
+    {tile_sums<6, 1>, tile_sums<6, 2>, nullptr, nullptr},
+};
+
+// All `vectors` columns of up to six rows.
+inline void multiply(Pairs pairs, const float* const* weight, int rows, std::ptrdiff_t weight_step, const float* value,
+                     std::ptrdiff_t value_step, int steps, float* sums, int sum_row, int vectors) {
+    const int most = columns_of(rows);
+    for (int c = 0; c < vectors; c += most) {
+        sum_tiles[rows - 1][std::min(most, vectors - c) - 1](pairs, weight, weight_step, value + c * lanes, value_step,
+                                                             steps, sums + c * lanes, sum_row);
+    }
+}

@@ -20,6 +20,27 @@ inline V broadcast(float x) { return x - V{}; }  // minus: x + 0 is not x where 
 inline V max(V a, V b) { return a > b ? a : b; }
 inline V min(V a, V b) { return a < b ? a : b; }
 
+#if defined(__clang__) || __GNUC__ >= 12
+#define THRIFTY_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define THRIFTY_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, I{__VA_ARGS__})
+#endif
+
+// Of 2 * lanes neighbours, those at even and at odd places; and neighbours from both again.
+#if THRIFTY_VECTOR == 8
+inline V evens(V a, V b) { return THRIFTY_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14); }
+inline V odds(V a, V b) { return THRIFTY_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15); }
+inline V zip_low(V a, V b) { return THRIFTY_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+inline V zip_high(V a, V b) { return THRIFTY_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+#elif THRIFTY_VECTOR == 4
+inline V evens(V a, V b) { return THRIFTY_SHUFFLE(a, b, 0, 2, 4, 6); }
+inline V odds(V a, V b) { return THRIFTY_SHUFFLE(a, b, 1, 3, 5, 7); }
+inline V zip_low(V a, V b) { return THRIFTY_SHUFFLE(a, b, 0, 4, 1, 5); }
+inline V zip_high(V a, V b) { return THRIFTY_SHUFFLE(a, b, 2, 6, 3, 7); }
+#else
+#error "no shuffles for this width"
+#endif
+
 // Writes the first `count` lanes, 0 < count <= lanes.
 inline void store_part(float* p, V v, int count) {
     if (count == lanes) {

@@ -1,0 +1,196 @@
+// Winograd's F(2x2, 3x3) over chosen channels: 4 products for an output pixel and pair of channels, where the direct
+// form takes 9. (Lavin and Gray, 'Fast Algorithms for Convolutional Neural Networks', 2016, arXiv 1509.09308.)
+//
+// The output is cut into tiles of 2x2 pixels. Each tile's 4x4 inputs are transformed once for each active input
+// channel; then, for each of the 16 places in the transformed tile, tiles by output channels is a matrix product over
+// the active input channels, whose weights are again read where they lie. A tile's result doesn't depend on where in a
+// vector or in a block it stands.
+
+inline constexpr int places = 16;  // of a transformed tile
+
+class WinogradConvolution final : public Convolution {
+public:
+    static bool takes(const ConvShape& s) {
+        return s.kernel_height == 3 && s.kernel_width == 3 && s.stride_height == 1 && s.stride_width == 1 &&
+               s.dilation_height == 1 && s.dilation_width == 1 && s.groups == 1;
+    }
+
+    WinogradConvolution(const ConvShape& shape, const float* weight, const float* bias)
+        : shape_(shape), bias_(bias), across_((shape.out_width + 1) / 2), down_((shape.out_height + 1) / 2),
+          weight_(new float[std::size_t(shape.out_channels) * places * shape.in_channels]) {
+        for (int o = 0; o < shape.out_channels; ++o) {
+            for (int i = 0; i < shape.in_channels; ++i) {
+                transform_weight(weight + (std::size_t(o) * shape.in_channels + i) * 9, row(o) + i);
+            }
+        }
+    }
+
+    std::size_t scratch() const override {
+        return index_floats() + values_floats() + std::size_t(max_rows) * places * block_row(most_vectors) + lanes;
+    }
+
+    int tasks(const ConvCall& call, int threads) const override { return tasks_for(macs(call), threads); }
+
+    std::int64_t macs(const ConvCall& call) const override { return macs_of(shape_, call); }
+
+    const char* kernel() const override { return "winograd 2x2"; }
+
+    void run(const ConvCall& call, int task, int tasks, float* scratch) const override {
+        const int vectors = (across_ * down_ + lanes - 1) / lanes;
+        const Cut cut(vectors, tasks, least_vectors);
+        const Range part = cut.columns(task, vectors), channels = cut.channels(task, call.active_out.count);
+        if (part.empty() || channels.empty()) return;
+        const Channels in = call.active_in;
+        const Channels out{call.active_out.index + channels.first, channels.last - channels.first};
+        auto* const channel = reinterpret_cast<std::ptrdiff_t*>(scratch);
+        float* const values = scratch + index_floats();
+        float* const sums = values + values_floats();
+        const int most = vectors_of(in.count);
+        const int row_floats = block_row(most);
+        for (int a = 0; a < in.count; ++a) channel[a] = std::ptrdiff_t{a} * row_floats;
+        for (int first = part.first; first < part.last; first += most) {
+            const int count = std::min(most, part.last - first);
+            const Range tiles{first * lanes, std::min((first + count) * lanes, across_ * down_)};
+            const std::ptrdiff_t step = std::ptrdiff_t{in.count} * row_floats;
+            transform_inputs(call, tiles, values, step, row_floats);
+            for (int o = 0; o < out.count;) {
+                const int rows = next_rows(out.count - o);
+                const float* weight[max_rows];
+                for (int r = 0; r < rows; ++r) weight[r] = row(out.index[o + r]);
+                multiply({channel, in.index, in.count}, weight, rows, shape_.in_channels, values, step, places, sums,
+                         row_floats, count);
+                for (int r = 0; r < rows; ++r) {
+                    write_channel(call, out.index[o + r], tiles, sums + std::ptrdiff_t{r} * places * row_floats,
+                                  row_floats);
+                }
+                o += rows;
+            }
+        }
+    }
+
+private:
+    static constexpr int least_vectors = 2;   // of a task, before output channels are split
+    static constexpr int most_vectors = 12;   // of tiles in a block
+    static constexpr int values_budget = 96 << 10;  // floats of transformed inputs that stay in the second cache
+
+    // Blocks are as large as the second cache allows, so that weights are read seldom.
+    static int vectors_of(int inputs) {
+        const int fit = values_budget / (places * lanes * std::max(inputs, 1));
+        return std::clamp(fit / 2 * 2, 2, most_vectors);
+    }
+
+    // Floats of a row of tiles; what transforms write and read past the last tile of a block lies in it too.
+    static int block_row(int vectors) { return (vectors + 1) * lanes; }
+
+    std::size_t index_floats() const {
+        return round_up(std::size_t(shape_.in_channels) * sizeof(std::ptrdiff_t) / sizeof(float), 16);
+    }
+
+    std::size_t values_floats() const {
+        std::size_t most = 0;  // fewer channels have longer blocks
+        for (int inputs = 1; inputs <= shape_.in_channels; ++inputs) {
+            most = std::max(most, std::size_t(places) * inputs * block_row(vectors_of(inputs)));
+        }
+        return most;
+    }
+
+    float* row(int o) { return weight_.get() + std::size_t(o) * places * shape_.in_channels; }
+    const float* row(int o) const { return weight_.get() + std::size_t(o) * places * shape_.in_channels; }
+
+    // G g G^T, in double precision; places are `in_channels` apart.
+    void transform_weight(const float* g, float* to) const {
+        double half[4][3];
+        for (int x = 0; x < 3; ++x) {
+            const double a = g[x], b = g[3 + x], c = g[6 + x];
+            half[0][x] = a;
+            half[1][x] = (a + b + c) / 2;
+            half[2][x] = (a - b + c) / 2;
+            half[3][x] = c;
+        }
+        for (int y = 0; y < 4; ++y) {
+            const double a = half[y][0], b = half[y][1], c = half[y][2];
+            const double full[4] = {a, (a + b + c) / 2, (a - b + c) / 2, c};
+            for (int x = 0; x < 4; ++x) to[std::ptrdiff_t{y * 4 + x} * shape_.in_channels] = static_cast<float>(full[x]);
+        }
+    }
+
+    // Calls visit(tile row, first tile in the row, tiles, first tile in the block) for each stretch of `tiles` in a row.
+    template <class Visit>
+    void each_stretch(Range tiles, Visit visit) const {
+        for (int tile = tiles.first; tile < tiles.last;) {
+            const int y = tile / across_, x = tile % across_;
+            const int count = std::min(across_ - x, tiles.last - tile);
+            visit(y, x, count, tile - tiles.first);
+            tile += count;
+        }
+    }
+
+    // B^T d B of every tile. Values past the map that tiles at its edge read reach only outputs past the edge.
+    void transform_inputs(const ConvCall& call, Range tiles, float* values, std::ptrdiff_t step, int row_floats) const {
+        const int last_row = shape_.out_height + 1;  // of the padded input
+        each_stretch(tiles, [&](int y, int x, int count, int at) {
+            std::ptrdiff_t line[4];
+            for (int i = 0; i < 4; ++i) {
+                line[i] = (std::min(2 * y + i, last_row) - shape_.pad_top) * call.in.row + 2 * x - shape_.pad_left;
+            }
+            for (int a = 0; a < call.active_in.count; ++a) {
+                const float* const from = call.in.channel(call.active_in.index[a]);
+                float* const to = values + std::ptrdiff_t{a} * row_floats + at;
+                for (int v = 0; v < count; v += lanes) {
+                    V e[4][4];
+#pragma GCC unroll 4
+                    for (int i = 0; i < 4; ++i) {
+                        const float* p = from + line[i] + 2 * v;
+                        const V a0 = load(p), a1 = load(p + lanes), b0 = load(p + 2), b1 = load(p + 2 + lanes);
+                        const V d0 = evens(a0, a1), d1 = odds(a0, a1), d2 = evens(b0, b1), d3 = odds(b0, b1);
+                        e[i][0] = d0 - d2;
+                        e[i][1] = d1 + d2;
+                        e[i][2] = d2 - d1;
+                        e[i][3] = d1 - d3;
+                    }
+#pragma GCC unroll 4
+                    for (int k = 0; k < 4; ++k) {
+                        store(to + k * step + v, e[0][k] - e[2][k]);
+                        store(to + (4 + k) * step + v, e[1][k] + e[2][k]);
+                        store(to + (8 + k) * step + v, e[2][k] - e[1][k]);
+                        store(to + (12 + k) * step + v, e[1][k] - e[3][k]);
+                    }
+                }
+            }
+        });
+    }
+
+    // A^T m A of every tile of a channel, and what follows the convolution.
+    void write_channel(const ConvCall& call, int o, Range tiles, const float* sums, int row_floats) const {
+        const Finish finish(call, o, bias_, shape_);
+        each_stretch(tiles, [&](int y, int x, int count, int at) {
+            for (int v = 0; v < count; v += lanes) {
+                V top[4], bottom[4];
+#pragma GCC unroll 4
+                for (int k = 0; k < 4; ++k) {
+                    const float* const m = sums + at + v + k * row_floats;
+                    const V m0 = load(m), m1 = load(m + 4 * row_floats), m2 = load(m + 8 * row_floats),
+                            m3 = load(m + 12 * row_floats);
+                    top[k] = m0 + m1 + m2;
+                    bottom[k] = m1 - m2 - m3;
+                }
+                const int column = 2 * (x + v);
+                const int pixels = std::min(2 * std::min(count - v, lanes), shape_.out_width - column);
+                write_row(call, finish, top, 2 * y, column, pixels);
+                if (2 * y + 1 < shape_.out_height) write_row(call, finish, bottom, 2 * y + 1, column, pixels);
+            }
+        });
+    }
+
+    static void write_row(const ConvCall& call, const Finish& finish, const V (&s)[4], int y, int x, int pixels) {
+        const V even = s[0] + s[1] + s[2], odd = s[1] - s[2] - s[3];
+        const std::ptrdiff_t at = y * call.out.row + x, residual_at = y * call.residual.row + x;
+        finish.write(zip_low(even, odd), at, residual_at, std::min(pixels, lanes));
+        if (pixels > lanes) finish.write(zip_high(even, odd), at + lanes, residual_at + lanes, pixels - lanes);
+    }
+
+    ConvShape shape_;
+    const float* bias_;
+    int across_, down_;          // tiles
+    std::unique_ptr<float[]> weight_;  // transformed: [out_channels][places][in_channels]
+};
