@@ -67,5 +67,6 @@ using MakeConvolution = std::unique_ptr<Convolution> (*)(const ConvShape&, const
 // One per instruction set, each in a source file compiled for it (see dispatch.h).
 namespace generic { std::unique_ptr<Convolution> make_convolution(const ConvShape&, const float* weight, const float* bias); }
 namespace avx2 { std::unique_ptr<Convolution> make_convolution(const ConvShape&, const float* weight, const float* bias); }
+namespace avx512 { std::unique_ptr<Convolution> make_convolution(const ConvShape&, const float* weight, const float* bias); }
 
 }  // namespace thrifty

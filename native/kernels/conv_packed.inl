@@ -3,7 +3,11 @@
 
 class PackedConvolution final : public Convolution {
 public:
-    static constexpr int widest = 6;  // maps that fill less of a vector row by row
+    // Whether vectors of pixels of one row would stay so empty that packing pays.
+    static bool pays(const ConvShape& s) {
+        const auto filled = [](int pixels) { return pixels / double(round_up(pixels, lanes)); };
+        return filled(s.out_width) * 1.25 < filled(s.out_height * s.out_width);
+    }
 
     PackedConvolution(const ConvShape& shape, const float* weight, const float* bias)
         : shape_(shape), weight_(weight), bias_(bias) {}

@@ -10,9 +10,11 @@ inline constexpr int places = 16;  // of a transformed tile
 
 class WinogradConvolution final : public Convolution {
 public:
+    // Few channels don't pay for the transforms, few tiles leave vectors empty.
     static bool takes(const ConvShape& s) {
         return s.kernel_height == 3 && s.kernel_width == 3 && s.stride_height == 1 && s.stride_width == 1 &&
-               s.dilation_height == 1 && s.dilation_width == 1 && s.groups == 1;
+               s.dilation_height == 1 && s.dilation_width == 1 && s.groups == 1 && s.in_channels >= 8 &&
+               s.out_channels >= 8 && s.out_height * s.out_width >= 25;
     }
 
     WinogradConvolution(const ConvShape& shape, const float* weight, const float* bias)

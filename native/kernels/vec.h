@@ -27,7 +27,18 @@ inline V min(V a, V b) { return a < b ? a : b; }
 #endif
 
 // Of 2 * lanes neighbours, those at even and at odd places; and neighbours from both again.
-#if THRIFTY_VECTOR == 8
+#if THRIFTY_VECTOR == 16
+#define THRIFTY_EVERY_SECOND(from)                                                                               \
+    from, from + 2, from + 4, from + 6, from + 8, from + 10, from + 12, from + 14, from + 16, from + 18, from + 20, \
+        from + 22, from + 24, from + 26, from + 28, from + 30
+#define THRIFTY_PAIRS(from)                                                                                          \
+    from, from + 16, from + 1, from + 17, from + 2, from + 18, from + 3, from + 19, from + 4, from + 20, from + 5, \
+        from + 21, from + 6, from + 22, from + 7, from + 23
+inline V evens(V a, V b) { return THRIFTY_SHUFFLE(a, b, THRIFTY_EVERY_SECOND(0)); }
+inline V odds(V a, V b) { return THRIFTY_SHUFFLE(a, b, THRIFTY_EVERY_SECOND(1)); }
+inline V zip_low(V a, V b) { return THRIFTY_SHUFFLE(a, b, THRIFTY_PAIRS(0)); }
+inline V zip_high(V a, V b) { return THRIFTY_SHUFFLE(a, b, THRIFTY_PAIRS(8)); }
+#elif THRIFTY_VECTOR == 8
 inline V evens(V a, V b) { return THRIFTY_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14); }
 inline V odds(V a, V b) { return THRIFTY_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15); }
 inline V zip_low(V a, V b) { return THRIFTY_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }

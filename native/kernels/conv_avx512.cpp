@@ -1,0 +1,21 @@
+#include <algorithm>
+#include <cstdint>
+
+#include "conv.h"
+
+#define THRIFTY_ISA avx512
+#define THRIFTY_VECTOR 16
+#include "vec.h"
+
+namespace thrifty::THRIFTY_ISA {
+
+#include "activate.inl"
+#include "conv_common.inl"
+#include "conv_tile.inl"
+#include "conv_direct.inl"
+#include "conv_packed.inl"
+#include "conv_winograd.inl"
+#include "conv_depthwise.inl"
+#include "conv.inl"
+
+}  // namespace thrifty::avx512
