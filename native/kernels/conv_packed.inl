@@ -1,10 +1,11 @@
-// Small maps: pixels of several rows share a vector. The values under each tap are packed first, one row of pixels for
-// each pair of active input channel and tap; packing costs little where many output channels read what was packed.
+// Packs the values under each tap first: pixels of several rows share a vector, and what a tile reads lies in one piece.
+// It costs little where many output channels read what was packed, and pays on small maps and under 1x1 filters.
 
 class PackedConvolution final : public Convolution {
 public:
-    // Whether vectors of pixels of one row would stay so empty that packing pays.
     static bool pays(const ConvShape& s) {
+        if (s.taps() == 1 && s.in_per_group() >= 128 && s.out_per_group() >= 32) return true;
+        // Vectors of pixels of one row would stay much emptier.
         const auto filled = [](int pixels) { return pixels / double(round_up(pixels, lanes)); };
         return filled(s.out_width) * 1.25 < filled(s.out_height * s.out_width);
     }
@@ -13,7 +14,7 @@ public:
         : shape_(shape), weight_(weight), bias_(bias) {}
 
     std::size_t scratch() const override {
-        return place_floats() + weight_floats() + std::size_t(most_pairs()) * row_floats + max_rows * row_floats;
+        return place_floats() + weight_floats() + std::size_t(most_panels) * panel * most_pairs() + max_rows * sum_row;
     }
 
     int tasks(const ConvCall& call, int threads) const override { return tasks_for(macs(call), threads); }
@@ -21,23 +22,27 @@ public:
     const char* kernel() const override { return "packed"; }
 
     void run(const ConvCall& call, int task, int tasks, float* scratch) const override {
-        const int pixels = shape_.out_height * shape_.out_width, vectors = (pixels + lanes - 1) / lanes;
-        const Cut cut(vectors, tasks, block_vectors);
-        const Range part = cut.columns(task, vectors);
+        const int pixels = shape_.out_height * shape_.out_width, panels = panels_of(pixels);
+        const Cut cut(panels, tasks, 1);
+        const Range part = cut.columns(task, panels);
         each_group(shape_, call, [&](Channels in, Channels out) {
             const Range channels = cut.channels(task, out.count);
             if (channels.empty()) return;
             const Channels own{out.index + channels.first, channels.last - channels.first};
-            for (int first = part.first; first < part.last; first += block_vectors) {
-                const int last = std::min(part.last, first + block_vectors);
-                run_block(call, in, own, {first * lanes, std::min(last * lanes, pixels)}, scratch);
+            const int most = block_of(in.count * shape_.taps());
+            for (int first = part.first; first < part.last; first += most) {
+                const int last = std::min(part.last, first + most);
+                run_block(call, in, own, {first * panel, std::min(last * panel, pixels)}, scratch);
             }
         });
     }
 
 private:
-    static constexpr int block_vectors = 6;                     // a multiple of 2 and 3
-    static constexpr int row_floats = (block_vectors + 1) * lanes;  // one more, which sums are read past their end into
+    static constexpr int most_panels = 6;                        // in a block
+    static constexpr int values_budget = 6 << 10;                // floats of packed values in the first cache
+    static constexpr int sum_row = most_panels * panel + lanes;  // sums are read past the last pixel
+
+    static int block_of(int pairs) { return std::clamp(values_budget / (panel * std::max(pairs, 1)), 1, most_panels); }
 
     int most_pairs() const { return shape_.in_per_group() * shape_.taps(); }
     std::size_t place_floats() const { return round_up(most_pairs() * sizeof(std::ptrdiff_t) / sizeof(float), 16); }
@@ -47,42 +52,58 @@ private:
         auto* const place = reinterpret_cast<std::ptrdiff_t*>(scratch);
         auto* const weight = reinterpret_cast<int*>(scratch + place_floats());
         float* const values = scratch + place_floats() + weight_floats();
-        float* const sums = values + std::ptrdiff_t{most_pairs()} * row_floats;
-        const int count = pack(call, in, pixels, place, weight, values);
-        const int vectors = (pixels.last - pixels.first + lanes - 1) / lanes;
+        float* const sums = values + std::ptrdiff_t{most_panels} * panel * most_pairs();
+        const int number = pixels.last - pixels.first;
+        const std::ptrdiff_t panel_step = std::ptrdiff_t{in.count} * shape_.taps() * panel;
+        pack(call, in, pixels, place, weight, values, panel_step);
         for (int o = 0; o < out.count;) {
             const int rows = next_rows(out.count - o);
             const float* row[max_rows];
             for (int r = 0; r < rows; ++r) row[r] = weight_ + std::ptrdiff_t{out.index[o + r]} * most_pairs();
-            multiply({place, weight, count}, row, rows, 0, values, 0, 1, sums, row_floats, vectors);
-            for (int r = 0; r < rows; ++r) write_channel(call, out.index[o + r], pixels, sums + r * row_floats);
+            multiply({place, weight, in.count * shape_.taps()}, row, rows, 0, values, 0, panel_step, 1, sums, sum_row,
+                     number);
+            for (int r = 0; r < rows; ++r) write_channel(call, out.index[o + r], pixels, sums + r * sum_row);
             o += rows;
         }
     }
 
-    // Returns the number of pairs of channel and tap.
-    int pack(const ConvCall& call, Channels in, Range pixels, std::ptrdiff_t* place, int* weight, float* values) const {
+    void pack(const ConvCall& call, Channels in, Range pixels, std::ptrdiff_t* place, int* weight, float* values,
+              std::ptrdiff_t panel_step) const {
         int pair = 0;
         for (int a = 0; a < in.count; ++a) {
-            const float* const channel = call.in.channel(in.index[a]);
             for (int t = 0; t < shape_.taps(); ++t, ++pair) {
-                const int ky = t / shape_.kernel_width, kx = t % shape_.kernel_width;
-                float* to = values + std::ptrdiff_t{pair} * row_floats;
-                place[pair] = std::ptrdiff_t{pair} * row_floats;
+                place[pair] = std::ptrdiff_t{pair} * panel;
                 weight[pair] = in.index[a] % shape_.in_per_group() * shape_.taps() + t;
-                const float* const tap = channel +
-                                         (ky * shape_.dilation_height - shape_.pad_top) * call.in.row +
-                                         kx * shape_.dilation_width - shape_.pad_left;
-                each_row(pixels, [&](int y, int x, int number, int) {
-                    const float* from = tap + y * shape_.stride_height * call.in.row + x * shape_.stride_width;
-                    for (int p = 0; p < number; ++p) *to++ = from[p * shape_.stride_width];
-                });
-                while (to < values + std::ptrdiff_t{pair} * row_floats + round_up(pixels.last - pixels.first, lanes)) {
-                    *to++ = 0;
+            }
+        }
+        // Panel after panel, as they lie in memory. Values past the last pixel are whatever was there: nobody reads
+        // the sums that they lead to.
+        for (int first = pixels.first; first < pixels.last; first += panel) {
+            const Range part{first, std::min(first + panel, pixels.last)};
+            float* to = values + (first - pixels.first) / panel * panel_step;
+            for (int a = 0; a < in.count; ++a) {
+                const float* const channel = call.in.channel(in.index[a]);
+                for (int t = 0; t < shape_.taps(); ++t, to += panel) {
+                    const int ky = t / shape_.kernel_width, kx = t % shape_.kernel_width;
+                    const float* const tap = channel +
+                                             (ky * shape_.dilation_height - shape_.pad_top) * call.in.row +
+                                             kx * shape_.dilation_width - shape_.pad_left;
+                    pack_panel(call, part, tap, to);
                 }
             }
         }
-        return pair;
+    }
+
+    void pack_panel(const ConvCall& call, Range pixels, const float* tap, float* to) const {
+        const std::ptrdiff_t row = call.in.row * shape_.stride_height;
+        each_row(pixels, [&](int y, int x, int number, int at) {
+            const float* const from = tap + y * row + x * shape_.stride_width;
+            if (number == panel && shape_.stride_width == 1) {
+                for (int c = 0; c < panel_columns; ++c) store(to + c * lanes, load(from + c * lanes));
+                return;
+            }
+            for (int p = 0; p < number; ++p) to[at + p] = from[p * shape_.stride_width];
+        });
     }
 
     void write_channel(const ConvCall& call, int o, Range pixels, const float* sums) const {

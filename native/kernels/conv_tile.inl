@@ -87,15 +87,21 @@ inline constexpr Tile tiles[max_rows][max_columns] = {
 
 // ---- products with matrices that were made for them: packed pixels, transformed tiles
 
-// Places in the packed values and in the weight rows that belong together.
+// Such a matrix is cut into panels of two columns, each of which lies in one piece, row after row.
+inline constexpr int panel_columns = 2;
+inline constexpr int panel = panel_columns * lanes;  // values in a row
+
+inline int panels_of(int values) { return (values + panel - 1) / panel; }
+
+// Which rows of a panel and which weights belong together.
 struct Pairs {
     const std::ptrdiff_t* value;
     const int* weight;
     int count;
 };
 
-// Several products of the same form, `steps` of them, whose weights lie `weight_step` apart, values `value_step`, and
-// sums, `sum_row` floats for each row and step: sum[r][step][column].
+// `steps` products of the same form, whose weights lie `weight_step` apart, values `value_step`, and sums `sum_row`
+// floats for each row and step: sum[r][step][value].
 template <int ROWS, int COLUMNS>
 void tile_sums(Pairs pairs, const float* const* weight, std::ptrdiff_t weight_step, const float* value,
                std::ptrdiff_t value_step, int steps, float* sums, int sum_row) {
@@ -115,21 +121,18 @@ void tile_sums(Pairs pairs, const float* const* weight, std::ptrdiff_t weight_st
 
 using TileSums = void (*)(Pairs, const float* const*, std::ptrdiff_t, const float*, std::ptrdiff_t, int, float*, int);
 
-inline constexpr TileSums sum_tiles[max_rows][max_columns] = {
-    {tile_sums<1, 1>, tile_sums<1, 2>, tile_sums<1, 3>, tile_sums<1, 4>},
-    {tile_sums<2, 1>, tile_sums<2, 2>, tile_sums<2, 3>, tile_sums<2, 4>},
-    {tile_sums<3, 1>, tile_sums<3, 2>, tile_sums<3, 3>, tile_sums<3, 4>},
-    {tile_sums<4, 1>, tile_sums<4, 2>, tile_sums<4, 3>, nullptr},
-    {tile_sums<5, 1>, tile_sums<5, 2>, nullptr, nullptr},
-    {tile_sums<6, 1>, tile_sums<6, 2>, nullptr, nullptr},
+inline constexpr TileSums sum_tiles[max_rows][panel_columns] = {
+    {tile_sums<1, 1>, tile_sums<1, 2>}, {tile_sums<2, 1>, tile_sums<2, 2>}, {tile_sums<3, 1>, tile_sums<3, 2>},
+    {tile_sums<4, 1>, tile_sums<4, 2>}, {tile_sums<5, 1>, tile_sums<5, 2>}, {tile_sums<6, 1>, tile_sums<6, 2>},
 };
 
-// All `vectors` columns of up to six rows.
+// All panels, `panel_step` floats apart, for up to six rows.
 inline void multiply(Pairs pairs, const float* const* weight, int rows, std::ptrdiff_t weight_step, const float* value,
-                     std::ptrdiff_t value_step, int steps, float* sums, int sum_row, int vectors) {
-    const int most = columns_of(rows);
-    for (int c = 0; c < vectors; c += most) {
-        sum_tiles[rows - 1][std::min(most, vectors - c) - 1](pairs, weight, weight_step, value + c * lanes, value_step,
-                                                             steps, sums + c * lanes, sum_row);
+                     std::ptrdiff_t value_step, std::ptrdiff_t panel_step, int steps, float* sums, int sum_row,
+                     int values) {
+    for (int p = 0; p * panel < values; ++p) {
+        const int columns = values - p * panel > lanes ? 2 : 1;
+        sum_tiles[rows - 1][columns - 1](pairs, weight, weight_step, value + p * panel_step, value_step, steps,
+                                         sums + p * panel, sum_row);
     }
 }

@@ -28,7 +28,7 @@ public:
     }
 
     std::size_t scratch() const override {
-        return index_floats() + values_floats() + std::size_t(max_rows) * places * block_row(most_vectors) + lanes;
+        return index_floats() + values_floats() + std::size_t(max_rows) * places * sum_row + line_floats;
     }
 
     int tasks(const ConvCall& call, int threads) const override { return tasks_for(macs(call), threads); }
@@ -38,32 +38,30 @@ public:
     const char* kernel() const override { return "winograd 2x2"; }
 
     void run(const ConvCall& call, int task, int tasks, float* scratch) const override {
-        const int vectors = (across_ * down_ + lanes - 1) / lanes;
-        const Cut cut(vectors, tasks, least_vectors);
-        const Range part = cut.columns(task, vectors), channels = cut.channels(task, call.active_out.count);
+        const int tiles = across_ * down_, panels = panels_of(tiles);
+        const Cut cut(panels, tasks, 1);
+        const Range part = cut.columns(task, panels), channels = cut.channels(task, call.active_out.count);
         if (part.empty() || channels.empty()) return;
         const Channels in = call.active_in;
         const Channels out{call.active_out.index + channels.first, channels.last - channels.first};
-        auto* const channel = reinterpret_cast<std::ptrdiff_t*>(scratch);
+        auto* const value = reinterpret_cast<std::ptrdiff_t*>(scratch);
         float* const values = scratch + index_floats();
         float* const sums = values + values_floats();
-        const int most = vectors_of(in.count);
-        const int row_floats = block_row(most);
-        for (int a = 0; a < in.count; ++a) channel[a] = std::ptrdiff_t{a} * row_floats;
+        for (int a = 0; a < in.count; ++a) value[a] = std::ptrdiff_t{a} * panel;
+        const int most = block_of(in.count);
         for (int first = part.first; first < part.last; first += most) {
-            const int count = std::min(most, part.last - first);
-            const Range tiles{first * lanes, std::min((first + count) * lanes, across_ * down_)};
-            const std::ptrdiff_t step = std::ptrdiff_t{in.count} * row_floats;
-            transform_inputs(call, tiles, values, step, row_floats);
+            const Range block{first * panel, std::min(std::min(first + most, part.last) * panel, tiles)};
+            const std::ptrdiff_t panel_step = std::ptrdiff_t{in.count} * panel;
+            const std::ptrdiff_t place_step = panel_step * panels_of(block.last - block.first);
+            transform_inputs(call, block, values, place_step, sums + std::ptrdiff_t{max_rows} * places * sum_row);
             for (int o = 0; o < out.count;) {
                 const int rows = next_rows(out.count - o);
                 const float* weight[max_rows];
                 for (int r = 0; r < rows; ++r) weight[r] = row(out.index[o + r]);
-                multiply({channel, in.index, in.count}, weight, rows, shape_.in_channels, values, step, places, sums,
-                         row_floats, count);
+                multiply({value, in.index, in.count}, weight, rows, shape_.in_channels, values, place_step, panel_step,
+                         places, sums, sum_row, block.last - block.first);
                 for (int r = 0; r < rows; ++r) {
-                    write_channel(call, out.index[o + r], tiles, sums + std::ptrdiff_t{r} * places * row_floats,
-                                  row_floats);
+                    write_channel(call, out.index[o + r], block, sums + std::ptrdiff_t{r} * places * sum_row);
                 }
                 o += rows;
             }
@@ -71,18 +69,15 @@ public:
     }
 
 private:
-    static constexpr int least_vectors = 2;   // of a task, before output channels are split
-    static constexpr int most_vectors = 12;   // of tiles in a block
-    static constexpr int values_budget = 96 << 10;  // floats of transformed inputs that stay in the second cache
+    static constexpr int most_panels = 6;                              // of tiles in a block
+    static constexpr int values_budget = 96 << 10;                     // floats of transformed inputs in the second cache
+    static constexpr int sum_row = most_panels * panel + lanes;        // sums are read past the last tile of a block
+    static constexpr int line_floats = places * sum_row;               // one channel's transformed inputs, in order
 
     // Blocks are as large as the second cache allows, so that weights are read seldom.
-    static int vectors_of(int inputs) {
-        const int fit = values_budget / (places * lanes * std::max(inputs, 1));
-        return std::clamp(fit / 2 * 2, 2, most_vectors);
+    static int block_of(int inputs) {
+        return std::clamp(values_budget / (places * panel * std::max(inputs, 1)), 1, most_panels);
     }
-
-    // Floats of a row of tiles; what transforms write and read past the last tile of a block lies in it too.
-    static int block_row(int vectors) { return (vectors + 1) * lanes; }
 
     std::size_t index_floats() const {
         return round_up(std::size_t(shape_.in_channels) * sizeof(std::ptrdiff_t) / sizeof(float), 16);
@@ -91,7 +86,7 @@ private:
     std::size_t values_floats() const {
         std::size_t most = 0;  // fewer channels have longer blocks
         for (int inputs = 1; inputs <= shape_.in_channels; ++inputs) {
-            most = std::max(most, std::size_t(places) * inputs * block_row(vectors_of(inputs)));
+            most = std::max(most, std::size_t(places) * inputs * block_of(inputs) * panel);
         }
         return most;
     }
@@ -127,52 +122,79 @@ private:
         }
     }
 
-    // B^T d B of every tile. Values past the map that tiles at its edge read reach only outputs past the edge.
-    void transform_inputs(const ConvCall& call, Range tiles, float* values, std::ptrdiff_t step, int row_floats) const {
+    // B^T d B of every tile, into panels. Values past the map that tiles at its edge read reach only outputs past it.
+    void transform_inputs(const ConvCall& call, Range tiles, float* values, std::ptrdiff_t place_step,
+                          float* line) const {
+        const int number = tiles.last - tiles.first;
+        const std::ptrdiff_t panel_step = std::ptrdiff_t{call.active_in.count} * panel;
+        for (int a = 0; a < call.active_in.count; ++a) {
+            const float* const from = call.in.channel(call.active_in.index[a]);
+            float* const to = values + std::ptrdiff_t{a} * panel;
+            if (across_ % lanes == 0) {  // no vector of tiles spans two panels
+                transform_channel(call.in.row, from, tiles, [&](int tile) {
+                    return Target{to + tile / panel * panel_step + tile % panel, place_step};
+                });
+                continue;
+            }
+            transform_channel(call.in.row, from, tiles, [&](int tile) { return Target{line + tile, sum_row}; });
+            for (int place = 0; place < places; ++place) {
+                for (int tile = 0; tile < number; tile += lanes) {
+                    store(to + place * place_step + tile / panel * panel_step + tile % panel,
+                          load(line + place * sum_row + tile));
+                }
+            }
+        }
+    }
+
+    // Where a vector of transformed tiles goes: its first place, and the way from place to place.
+    struct Target {
+        float* first;
+        std::ptrdiff_t step;
+    };
+
+    template <class TargetOf>
+    void transform_channel(std::ptrdiff_t row, const float* from, Range tiles, TargetOf target) const {
         const int last_row = shape_.out_height + 1;  // of the padded input
         each_stretch(tiles, [&](int y, int x, int count, int at) {
-            std::ptrdiff_t line[4];
+            const float* source[4];
             for (int i = 0; i < 4; ++i) {
-                line[i] = (std::min(2 * y + i, last_row) - shape_.pad_top) * call.in.row + 2 * x - shape_.pad_left;
+                source[i] = from + (std::min(2 * y + i, last_row) - shape_.pad_top) * row + 2 * x - shape_.pad_left;
             }
-            for (int a = 0; a < call.active_in.count; ++a) {
-                const float* const from = call.in.channel(call.active_in.index[a]);
-                float* const to = values + std::ptrdiff_t{a} * row_floats + at;
-                for (int v = 0; v < count; v += lanes) {
-                    V e[4][4];
+            for (int v = 0; v < count; v += lanes) {
+                V e[4][4];
 #pragma GCC unroll 4
-                    for (int i = 0; i < 4; ++i) {
-                        const float* p = from + line[i] + 2 * v;
-                        const V a0 = load(p), a1 = load(p + lanes), b0 = load(p + 2), b1 = load(p + 2 + lanes);
-                        const V d0 = evens(a0, a1), d1 = odds(a0, a1), d2 = evens(b0, b1), d3 = odds(b0, b1);
-                        e[i][0] = d0 - d2;
-                        e[i][1] = d1 + d2;
-                        e[i][2] = d2 - d1;
-                        e[i][3] = d1 - d3;
-                    }
+                for (int i = 0; i < 4; ++i) {
+                    const float* p = source[i] + 2 * v;
+                    const V a0 = load(p), a1 = load(p + lanes), b0 = load(p + 2), b1 = load(p + 2 + lanes);
+                    const V d0 = evens(a0, a1), d1 = odds(a0, a1), d2 = evens(b0, b1), d3 = odds(b0, b1);
+                    e[i][0] = d0 - d2;
+                    e[i][1] = d1 + d2;
+                    e[i][2] = d2 - d1;
+                    e[i][3] = d1 - d3;
+                }
+                const auto [to, step] = target(at + v);
 #pragma GCC unroll 4
-                    for (int k = 0; k < 4; ++k) {
-                        store(to + k * step + v, e[0][k] - e[2][k]);
-                        store(to + (4 + k) * step + v, e[1][k] + e[2][k]);
-                        store(to + (8 + k) * step + v, e[2][k] - e[1][k]);
-                        store(to + (12 + k) * step + v, e[1][k] - e[3][k]);
-                    }
+                for (int k = 0; k < 4; ++k) {
+                    store(to + k * step, e[0][k] - e[2][k]);
+                    store(to + (4 + k) * step, e[1][k] + e[2][k]);
+                    store(to + (8 + k) * step, e[2][k] - e[1][k]);
+                    store(to + (12 + k) * step, e[1][k] - e[3][k]);
                 }
             }
         });
     }
 
     // A^T m A of every tile of a channel, and what follows the convolution.
-    void write_channel(const ConvCall& call, int o, Range tiles, const float* sums, int row_floats) const {
+    void write_channel(const ConvCall& call, int o, Range tiles, const float* sums) const {
         const Finish finish(call, o, bias_, shape_);
         each_stretch(tiles, [&](int y, int x, int count, int at) {
             for (int v = 0; v < count; v += lanes) {
                 V top[4], bottom[4];
 #pragma GCC unroll 4
                 for (int k = 0; k < 4; ++k) {
-                    const float* const m = sums + at + v + k * row_floats;
-                    const V m0 = load(m), m1 = load(m + 4 * row_floats), m2 = load(m + 8 * row_floats),
-                            m3 = load(m + 12 * row_floats);
+                    const float* const m = sums + at + v + k * sum_row;
+                    const V m0 = load(m), m1 = load(m + 4 * sum_row), m2 = load(m + 8 * sum_row),
+                            m3 = load(m + 12 * sum_row);
                     top[k] = m0 + m1 + m2;
                     bottom[k] = m1 - m2 - m3;
                 }
