@@ -25,6 +25,8 @@ bool sparse_after(const Operator& op, const std::vector<Layout>& buffers) {
         case Kind::linear:
         case Kind::layer_norm: return false;
         case Kind::affine: return !op.shift && sparse(op.inputs[0]);
+        case Kind::gather:
+            return sparse(op.inputs[0]) || std::find(op.index.begin(), op.index.end(), -1) != op.index.end();
         case Kind::pad: return (op.value == 0 || !op.padding.any()) && sparse(op.inputs[0]);
         case Kind::add: return sparse(op.inputs[0]) && sparse(op.inputs[1]);
         case Kind::mul:
@@ -111,6 +113,14 @@ Plan make_plan(const Program& program, const Limits& limits) {
         layout.offset = front + offsets[b] + layout.halo.top * layout.row + layout.halo.left;
     }
     plan.arena = static_cast<std::size_t>(rounded(total));
+    int channels = 0, width = 0;
+    for (const Shape& shape : program.buffers) {
+        channels = std::max(channels, shape.channels);
+        width = std::max(width, shape.width);
+    }
+    plan.all.resize(static_cast<std::size_t>(channels));
+    std::iota(plan.all.begin(), plan.all.end(), 0);
+    plan.zeros.resize(static_cast<std::size_t>(width));
     return plan;
 }
 

@@ -24,6 +24,8 @@ struct Layout {
 struct Plan {
     std::vector<Layout> buffers;
     std::size_t arena = 0;  // floats
+    std::vector<int> all;      // 0, 1, 2 … as many as any buffer has channels
+    std::vector<float> zeros;  // a row as wide as any buffer
 };
 
 // Lays buffers that are never needed at the same time over each other. Throws std::invalid_argument where the arena

@@ -15,6 +15,7 @@ using std::int64_t;
 using std::string;
 
 constexpr int64_t max_extent = 1 << 24;     // channels, height, width, padding, dilation: sums of a few fit an int
+constexpr int64_t max_pixels = 1 << 28;     // height * width
 constexpr int64_t max_operators = 20'000;
 
 struct Spec {
@@ -65,7 +66,7 @@ string text(const std::vector<int64_t>& shape) {
     return result + (shape.size() > 8 ? ", ...]" : "]");
 }
 
-string text(const Shape& shape) { return text({shape.channels, shape.height, shape.width}); }
+string text(const Shape& shape) { return text(std::vector<int64_t>{shape.channels, shape.height, shape.width}); }
 
 [[noreturn]] void fail(const string& message) { throw std::invalid_argument(message + "."); }
 
@@ -352,7 +353,7 @@ private:
             tensor("index", TensorSource::Type::int32, {out().channels}));
         op_.index.assign(index, index + out().channels);
         for (const int c : op_.index)
-            require(c >= 0 && c < in().channels, "its index " + std::to_string(c) + " is not in [0, " +
+            require(c >= -1 && c < in().channels, "its index " + std::to_string(c) + " is not in [-1, " +
                     std::to_string(in().channels - 1) + "]");
     }
 
@@ -408,6 +409,7 @@ Shape read_shape(const std::vector<int64_t>& sizes, std::size_t place, const Lim
     if (sizes.size() != 3) fail(where + "must have three sizes: channels, height, width");
     for (const int64_t size : sizes)
         if (size < 1 || size > max_extent) fail(where + "has a size that is not in [1, " + std::to_string(max_extent) + "]");
+    if (sizes[1] * sizes[2] > max_pixels) fail(where + "has more than " + std::to_string(max_pixels) + " positions");
     if (product(sizes) > limits.memory / 4) fail(where + "takes more than the limit of " + std::to_string(limits.memory) + " bytes");
     return {static_cast<int>(sizes[0]), static_cast<int>(sizes[1]), static_cast<int>(sizes[2])};
 }

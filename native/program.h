@@ -89,7 +89,7 @@ struct Operator {
     const float* shift = nullptr;
     const float* gate_weight = nullptr;
     const float* gate_bias = nullptr;
-    std::vector<int> index;
+    std::vector<int> index;  // -1: a channel of zeros
 
     std::int64_t work = 0;  // multiply-accumulates with everything active, or elements that are read; gates included
 };

@@ -1,0 +1,97 @@
+// Runs a program on images, on threads of its own.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "context.h"
+#include "plan.h"
+#include "program.h"
+#include "steps.h"
+#include "threads.h"
+
+namespace thrifty {
+
+// Images [N, C, H, W] in any layout; steps count elements.
+struct Images {
+    const void* data = nullptr;
+    bool bytes = false;  // uint8, else float32
+    std::int64_t count = 0;
+    std::int64_t image = 0, channel = 0, row = 0, column = 0;  // steps
+};
+
+// How bytes become numbers: byte * scale[c] + shift[c].
+struct Normalisation {
+    std::vector<float> scale, shift;
+};
+
+struct OperatorTrace {
+    double ms = 0, gate_ms = 0;                 // over all images
+    std::vector<std::int64_t> macs, gate_macs;  // per image; macs without the gate's
+    std::vector<std::uint8_t> decisions;        // [images, output channels] of a gated convolution, else empty
+};
+
+struct Trace {
+    double ms = 0;  // over all images, everything included
+    std::vector<OperatorTrace> operators;
+};
+
+// Decisions [images, output channels] that replace a gate's own, per operator; null: the gate decides.
+using Forced = std::vector<const std::uint8_t*>;
+
+// Several threads may call one engine at the same time: the first has the pool, others work alone meanwhile. The bits
+// of an answer depend on the image, the decisions and the instruction set only.
+class Engine {
+public:
+    // The tensors of `source` must outlive the engine. Throws std::invalid_argument for anything that is wrong.
+    Engine(const Source& source, const Limits& limits, int threads, Normalisation normalisation);
+    ~Engine();
+    Engine(const Engine&) = delete;
+    Engine& operator=(const Engine&) = delete;
+
+    // `out`: [N, C, H, W] of the program's output, contiguous. A trace is taken image by image, all threads on each.
+    void run(const Images& images, float* out, const Forced& forced = {}, Trace* trace = nullptr);
+
+    // Winners of a gated convolution, for calls that begin after. Throws std::invalid_argument.
+    void set_winners(std::int64_t place, std::int64_t winners);
+    int winners(std::size_t place) const;
+
+    // Overwrites the memory that activations lie in while no call runs: whatever a call reads, it must have written.
+    void fill_memory(float value);
+
+    const Program& program() const { return program_; }
+    int threads() const { return threads_; }
+    const char* isa() const { return kernels_.isa; }
+    const char* kernel(std::size_t place) const { return steps_[place]->kernel(); }
+    std::size_t arena_bytes() const { return plan_.arena * sizeof(float); }
+    bool normalises() const { return !normalisation_.scale.empty(); }
+
+    static constexpr int max_threads = 256;
+
+private:
+    struct State;   // what a fork leaves unusable
+    class Lease;    // a context, or the pool, for the time of a call
+
+    State& state();
+    void one(const Images& images, std::int64_t image, float* out, Context& context, Team& team, const Forced& forced,
+             Trace* trace) const;
+    void read_input(const Images& images, std::int64_t image, Context& context, Team& team) const;
+    void write_output(float* out, const Context& context, Team& team) const;
+
+    const Kernels& kernels_;
+    Limits limits_;
+    int threads_;
+    Program program_;
+    Plan plan_;
+    Normalisation normalisation_;
+    std::vector<std::unique_ptr<Step>> steps_;
+    Needs needs_;
+    std::unique_ptr<std::atomic<int>[]> winners_;
+    std::atomic<State*> state_{nullptr};
+};
+
+}  // namespace thrifty

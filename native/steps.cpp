@@ -1,0 +1,68 @@
+#include "steps.h"
+
+#include <cstring>
+
+namespace thrifty {
+
+Context::Context(const Plan& plan, const Needs& needs)
+    : arena(plan.arena), aside(needs.aside), scratch(needs.scratch), indices(needs.entries), computed(needs.entries),
+      runs(needs.entries) {
+    activities.reserve(plan.buffers.size());
+    for (const Layout& layout : plan.buffers) activities.emplace_back(layout.sparse ? layout.shape.channels : 0);
+}
+
+Step::Step(const Program& program, const Plan& plan, std::size_t place, const Kernels& kernels)
+    : op_(program.operators[place]), plan_(plan), kernels_(kernels), place_(place) {}
+
+const std::uint8_t* Step::active(const Call& call, std::size_t i) const {
+    return in(i).sparse ? call.context.activities[static_cast<std::size_t>(op_.inputs[i])].mask() : nullptr;
+}
+
+Channels Step::list(const Call& call, int buffer) const {
+    const Layout& found = layout(buffer);
+    return found.sparse ? call.context.activities[static_cast<std::size_t>(buffer)].channels()
+                        : Channels{plan_.all.data(), found.shape.channels};
+}
+
+void clear_halo(const Layout& layout, const Map& map, int c) {
+    const Padding& halo = layout.halo;
+    if (!halo.any()) return;
+    float* const plane = map.channel(c);
+    const auto zero = [](float* from, std::ptrdiff_t count) {
+        std::memset(from, 0, static_cast<std::size_t>(count) * sizeof(float));
+    };
+    float* const start = plane - halo.top * map.row - halo.left;
+    zero(start, halo.top * map.row + halo.left);
+    // The right of one row and the left of the next lie side by side.
+    const int beside = halo.left + halo.right;
+    if (beside)
+        for (int h = 0; h < map.height - 1; ++h) {
+            float* const gap = plane + h * map.row + map.width;
+            for (int i = 0; i < beside; ++i) gap[i] = 0;
+        }
+    float* const end = plane + (map.height - 1) * map.row + map.width;
+    zero(end, halo.right + halo.bottom * map.row);
+}
+
+std::unique_ptr<Step> make_step(const Program& program, const Plan& plan, std::size_t place, const Kernels& kernels) {
+    switch (program.operators[place].kind) {
+        case Kind::conv: return make_conv_step(program, plan, place, kernels);
+        case Kind::linear: return make_linear_step(program, plan, place, kernels);
+        case Kind::affine:
+        case Kind::activation:
+        case Kind::add:
+        case Kind::mul:
+        case Kind::layer_norm: return make_pointwise_step(program, plan, place, kernels);
+        case Kind::concat:
+        case Kind::gather:
+        case Kind::pad:
+        case Kind::flatten: return make_moving_step(program, plan, place, kernels);
+        case Kind::max_pool:
+        case Kind::avg_pool:
+        case Kind::adaptive_avg_pool:
+        case Kind::adaptive_max_pool: return make_pool_step(program, plan, place, kernels);
+    }
+    return nullptr;
+}
+
+}  // namespace thrifty
