@@ -9,12 +9,17 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 
+import thrifty
 from thrifty import onnx_export
+from thrifty.benchmarking.subjects import random_images, randomise_gates
 from thrifty.errors import ProgramError
+from thrifty.lowering import lower
 from thrifty.onnx_export import save_onnx, to_onnx
 from thrifty.program import ACTIVATIONS, KINDS, Operator, Program
 from thrifty.reference import run_reference
+from thrifty.zoo.resolve import build_net
 
 RNG = np.random.default_rng(0)
 SQUARE = {"stride": (1, 1), "padding": (0, 0, 0, 0), "dilation": (1, 1)}
@@ -149,7 +154,7 @@ for name, size, attributes in (
             CASES[f"mean, {name}, {include}, {divisor}"] = program(
                 shape, ("avg_pool", (0,), attributes | {"count_include_pad": include, "divisor": divisor}, {})
             )
-CASES["maximum, dilated"] = program([(2, 9, 9), (2, 3, 3)], ("max_pool", (0,), POOL | {"dilation": (2, 2)}, {}))
+CASES["maximum, dilated"] = program([(2, 9, 9), (2, 4, 4)], ("max_pool", (0,), POOL | {"dilation": (2, 2)}, {}))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -196,3 +201,36 @@ def test_weights_beyond_what_a_file_holds_are_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr(onnx_export, "LIMIT", 100)
     with pytest.raises(ProgramError, match="2 GiB at most"):
         to_onnx(CASES["residual"])
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("resnet20", 32),
+        ("vgg16", 32),
+        ("shufflenet_v2_x0_5", 64),
+        ("mobilenet_v3_small", 64),
+        ("squeezenet1_1", 64),
+    ],
+)
+def test_networks_answer_as_in_torch(name: str, size: int) -> None:
+    model = build_net(name).eval()
+    x = torch.from_numpy(random_images(2, (3, size, size)))
+    with torch.no_grad():
+        expected = model(x).numpy()
+    given = answer(lower(model, x), x.numpy())
+    assert np.abs(given - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_a_dynamic_network_answers_as_in_torch() -> None:
+    x = torch.from_numpy(random_images(8, (3, 32, 32)))
+    model = thrifty.convert(build_net("resnet20").eval(), thrifty.FBS(density=0.5), x)
+    randomise_gates(model, x)
+    with torch.no_grad():
+        expected = model.eval()(x).numpy()
+        model.set_density(1.0)
+        dense = model(x).numpy()
+        model.set_density(0.5)
+    given = answer(lower(model, x), x.numpy())
+    assert np.abs(given - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert np.abs(given - dense).max() > 1e-2 * np.abs(expected).max()
