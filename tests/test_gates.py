@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from thrifty.errors import ThriftyError
-from thrifty.gates import Gate, GatedConv, check_density, kept, mean_magnitude, top_k_mask
+from thrifty.errors import LoweringError, ThriftyError
+from thrifty.gates import Gate, GatedConv, LoweredGate, check_density, kept, mean_magnitude, top_k_mask
 
 FEW_VALUES = st.sampled_from([0.0, -0.0, 0.5, 1.0, -1.0])
 
@@ -58,6 +58,9 @@ class Alternating(Gate):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         decision = (torch.arange(self.channels) % 2 == 0).expand(len(x), -1)
         return 3.0 * decision, decision
+
+    def lower(self) -> LoweredGate:
+        raise LoweringError("it alternates")
 
     def overhead(self, shape: torch.Size) -> int:
         return shape[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,6 +53,21 @@ def mean_magnitude(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, 1, (2, 3)) / x[0, 0].numel()
 
 
+@dataclass(frozen=True)
+class LoweredGate:
+    """A gate as operators of a program carry it.
+
+    Attributes:
+        kind: how executors decide (see `thrifty.program`).
+        attributes: its settings there.
+        tensors: its weights by role, without the prefix 'gate_'.
+    """
+
+    kind: str
+    attributes: dict[str, int]
+    tensors: dict[str, Tensor]
+
+
 class Gate(nn.Module, ABC):
     """Decides per input which of `channels` output channels are computed, and by how much each is scaled.
 
@@ -70,6 +86,14 @@ class Gate(nn.Module, ABC):
     @abstractmethod
     def overhead(self, shape: torch.Size) -> int:
         """MACs that deciding costs per input, for a map of `shape` [N, C_in, H, W]."""
+
+    @abstractmethod
+    def lower(self) -> LoweredGate:
+        """The gate in the form that programs have.
+
+        Raises:
+            LoweringError: programs have none for it.
+        """
 
 
 CONV_ATTRIBUTES = {"weight", "bias", *nn.Conv2d.__constants__} - {"training"}

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from thrifty.conversion import Place
 from thrifty.errors import ThriftyError
-from thrifty.gates import Gate, GatedConv, Pair, check_density, kept, mean_magnitude, top_k_mask
+from thrifty.gates import Gate, GatedConv, LoweredGate, Pair, check_density, kept, mean_magnitude, top_k_mask
 from thrifty.graph import NORMS_WITH_ACTIVATION, ConvSite, replace_module
 from thrifty.methods.base import MethodConfig
 
@@ -223,6 +223,11 @@ class FBSGate(Gate):
     def overhead(self, shape: torch.Size) -> int:
         """One MAC for each element that is pooled and one for each weight of phi."""
         return _overhead(shape[1:], self.channels)
+
+    def lower(self) -> LoweredGate:
+        """The gate as programs have it: the winners of linear saliencies of mean magnitudes."""
+        weights = {"weight": self.predictor.weight, "bias": self.predictor.bias}
+        return LoweredGate("topk", {"winners": int(self.winners)}, weights)
 
     @property
     def density(self) -> float:
