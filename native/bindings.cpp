@@ -67,16 +67,21 @@ struct Loaded {
     std::vector<Array> arrays;
 };
 
+// In C order without gaps.
+bool contiguous(const Array& array) {
+    std::int64_t expected = 1;
+    for (std::size_t d = array.ndim(); d-- > 0;) {
+        if (array.shape(d) != 1 && array.stride(d) != expected) return false;
+        expected *= static_cast<std::int64_t>(array.shape(d));
+    }
+    return true;
+}
+
 thrifty::TensorSource tensor(nb::handle object, const std::string& role, std::vector<Array>& kept) {
     Array array;
     if (!nb::try_cast<Array>(object, array)) fail("tensor '" + role + "' is not an array in this machine's memory");
     thrifty::TensorSource result;
-    std::int64_t expected = 1;
-    result.contiguous = true;
-    for (std::size_t d = array.ndim(); d-- > 0;) {
-        if (array.shape(d) != 1 && array.stride(d) != expected) result.contiguous = false;
-        expected *= static_cast<std::int64_t>(array.shape(d));
-    }
+    result.contiguous = contiguous(array);
     for (std::size_t d = 0; d < array.ndim(); ++d) result.shape.push_back(static_cast<std::int64_t>(array.shape(d)));
     if (array.dtype() == nb::dtype<float>()) result.type = thrifty::TensorSource::Type::float32;
     if (array.dtype() == nb::dtype<std::int32_t>()) result.type = thrifty::TensorSource::Type::int32;
@@ -244,7 +249,7 @@ private:
             Array array;
             if (!nb::try_cast<Array>(object, array) || array.dtype() != nb::dtype<bool>() || array.ndim() != 2 ||
                 static_cast<std::int64_t>(array.shape(0)) != count || static_cast<int>(array.shape(1)) != channels(i) ||
-                (count > 0 && (array.stride(1) != 1 || array.stride(0) != channels(i))))
+                (count > 0 && !contiguous(array)))
                 fail("the decisions of operator " + std::to_string(place) + " must be bool [" + std::to_string(count) + ", " +
                      std::to_string(channels(i)) + "], contiguous");
             forced[i] = static_cast<const std::uint8_t*>(array.data());

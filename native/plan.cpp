@@ -27,7 +27,7 @@ bool sparse_after(const Operator& op, const std::vector<Layout>& buffers) {
         case Kind::affine: return !op.shift && sparse(op.inputs[0]);
         case Kind::gather:
             return sparse(op.inputs[0]) || std::find(op.index.begin(), op.index.end(), -1) != op.index.end();
-        case Kind::pad: return (op.value == 0 || !op.padding.any()) && sparse(op.inputs[0]);
+        case Kind::pad: return op.value == 0 && sparse(op.inputs[0]);
         case Kind::add: return sparse(op.inputs[0]) && sparse(op.inputs[1]);
         case Kind::mul:
         case Kind::concat: return std::any_of(op.inputs.begin(), op.inputs.end(), sparse);

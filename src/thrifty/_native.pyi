@@ -1,0 +1,40 @@
+"""The native engine (native/bindings.cpp). `thrifty.engine` is its face."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+_Operators = Sequence[tuple[Any, ...]]
+_Limits = Mapping[str, int] | None
+_Decisions = Mapping[int, NDArray[Any]] | None
+
+def features() -> dict[str, Any]: ...
+def check(buffers: Sequence[Sequence[int]], operators: _Operators, output: int, limits: _Limits = None) -> None: ...
+
+class Engine:
+    def __init__(
+        self,
+        buffers: Sequence[Sequence[int]],
+        operators: _Operators,
+        output: int,
+        threads: int = 1,
+        limits: _Limits = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None: ...
+    def run(
+        self, x: NDArray[Any], out: NDArray[Any], decisions: _Decisions = None, channels_last: bool = False
+    ) -> None: ...
+    def trace(
+        self, x: NDArray[Any], out: NDArray[Any], decisions: _Decisions = None, channels_last: bool = False
+    ) -> dict[str, Any]: ...
+    def set_winners(self, place: int, winners: int) -> None: ...
+    def winners(self, place: int) -> int: ...
+    def fill_memory(self, value: float) -> None: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def arena_bytes(self) -> int: ...

@@ -1,0 +1,45 @@
+"""What a density means: shares kept, by layer, and how many channels that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from thrifty.errors import ThriftyError
+
+Density = float | Mapping[str, float]
+"""One share for all layers, or shares by pattern of names: the first that fits counts."""
+
+
+def check_density(density: float) -> float:
+    """`density` as a float, or an error where it is not in (0, 1]."""
+    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
+        raise ThriftyError(f"density is {density!r}, but must be a number in (0, 1].")
+    return float(density)
+
+
+def kept(density: float, channels: int) -> int:
+    """Channels kept of `channels` at `density` in (0, 1]: ceil(density * channels), and at least one.
+
+    The product is lowered by 1e-9 before rounding up, so that 0.55 * 100 = 55.00000000000001 keeps 55.
+    """
+    check_density(density)
+    return max(1, math.ceil(density * channels - 1e-9))
+
+
+def density_for(density: Density, name: str) -> float | None:
+    """The density of the layer `name`, None where no pattern fits."""
+    if not isinstance(density, Mapping):
+        return density
+    return next((value for pattern, value in density.items() if fnmatchcase(name, pattern)), None)
+
+
+def check_patterns(density: Density, names: Iterable[str]) -> None:
+    """Every value must be a density, and every pattern fit one of the gated layers `names`."""
+    for value in density.values() if isinstance(density, Mapping) else (density,):
+        check_density(value)
+    names = tuple(names)
+    for pattern in density if isinstance(density, Mapping) else ():
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ThriftyError(f"density names {pattern!r}, but no gated layer does. They are: {', '.join(names)}.")

@@ -1,0 +1,279 @@
+"""The engine: runs programs natively, so that channels which a gate skips take no time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thrifty._native import Engine as NativeEngine
+from thrifty.decision import Decision
+from thrifty.density import Density, check_patterns, density_for, kept
+from thrifty.errors import ThriftyError
+from thrifty.program import Program, operator_tuples
+from thrifty.program_file import load_program, save_program
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTrace:
+    """What one operator did for N images.
+
+    Attributes:
+        name: of the operator; of a layer, as in the user's model.
+        kind: what it computes (see `thrifty.program`).
+        kernel: how it was computed, '' where there is one way only.
+        ms: milliseconds, all images together, its gate included.
+        gate_ms: those of its gate.
+        macs: int64 [N], multiply-accumulates that were executed, without the gate's.
+        gate_macs: int64 [N], those of its gate.
+    """
+
+    name: str
+    kind: str
+    kernel: str
+    ms: float
+    gate_ms: float
+    macs: NDArray[np.int64]
+    gate_macs: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """A call of an engine on N images, taken image by image with all threads on each; prints as a table.
+
+    Attributes:
+        layers: the operators in the order of execution.
+        decisions: of each gated layer, by name; `channels` are bool [N, O].
+        output: what the call returns, as NumPy array.
+        macs: int64 [N], executed in all layers and gates.
+        ms: milliseconds of the whole call.
+    """
+
+    layers: tuple[LayerTrace, ...]
+    decisions: dict[str, Decision]
+    output: NDArray[np.float32]
+    macs: NDArray[np.int64]
+    ms: float
+
+    def __str__(self) -> str:
+        count = max(1, len(self.macs))
+        rows = [("layer", "kind", "kernel", "ms", "gate ms", "M MACs", "kept")]
+        for layer in self.layers:
+            macs = float((layer.macs + layer.gate_macs).sum()) / count
+            channels = self.decisions[layer.name].channels if layer.name in self.decisions else None
+            rows.append(
+                (
+                    layer.name, layer.kind, layer.kernel, f"{layer.ms / count:.3f}",
+                    f"{layer.gate_ms / count:.3f}" if layer.gate_ms else "", f"{macs / 1e6:.2f}" if macs else "",
+                    "" if channels is None or not channels.size else f"{channels.mean():.0%}",
+                )
+            )  # fmt: skip
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in enumerate(cells)
+            ).rstrip()
+            for cells in (list(zip(row, widths, strict=True)) for row in rows)
+        ]
+        lines.append(f"an image: {self.ms / count:.3f} ms, {self.macs.sum() / count / 1e6:,.2f} M MACs, gates included")
+        return "\n".join(lines)
+
+
+class Engine:
+    """Runs a program on the CPU.
+
+    One engine may be called from several Python threads at the same time. The answer for an image does not depend, to
+    the bit, on the batch that it comes in, on the number of threads or on other calls; it may on the instruction set.
+
+    Args:
+        program: what to run.
+        threads: CPU threads; images of a batch are shared out, or one image's layers.
+
+    Raises:
+        ThriftyError: `threads` is out of range, or THRIFTY_ISA names an instruction set that is not there.
+    """
+
+    def __init__(self, program: Program, threads: int = 1) -> None:
+        if isinstance(threads, bool) or not isinstance(threads, int):
+            raise ThriftyError(f"threads is {threads!r}, but must be an integer.")
+        self._program = program
+        self._gates = program.gated
+        normalise = program.preprocessing
+        try:
+            self._native = NativeEngine(
+                program.buffers,
+                operator_tuples(program),
+                program.output,
+                min(max(threads, 0), 1 << 20),
+                mean=normalise.mean if normalise else None,
+                std=normalise.std if normalise else None,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise ThriftyError(str(error)) from error
+
+    def __call__(self, x: Any) -> Any:
+        """Logits (or maps) of a batch of images, of the same kind as they are: NumPy array or torch tensor.
+
+        Args:
+            x: float32 [N, C, H, W], normalised; or, where the program has preprocessing, photographs as uint8
+                [N, C, H, W] or [N, H, W, C]. Any strides; they are read in place.
+
+        Returns:
+            float32 [N, classes], or [N, C, H, W] where the program gives maps.
+
+        Raises:
+            ThriftyError: x is not of these types and of the program's shape.
+        """
+        images, channels_last = self._images(x)
+        out = np.empty((len(images), *self._program.buffers[self._program.output]), np.float32)
+        self._native.run(images, out, None, channels_last)
+        out = self._shaped(out)
+        return sys.modules["torch"].from_numpy(out) if _is_tensor(x) else out
+
+    def trace(self, x: Any, decisions: Mapping[str, Decision] | None = None) -> Trace:
+        """Run a batch and tell what was decided, what was executed and how long it took.
+
+        Args:
+            x: as for a call.
+            decisions: by name of the gated layer, `channels` bool [N, O]: they replace what the gate decides. The
+                gate still runs, for its saliencies scale the channels.
+
+        Raises:
+            ThriftyError: x or a decision does not fit the program.
+        """
+        images, channels_last = self._images(x)
+        forced = self._forced(decisions or {}, len(images))
+        out = np.empty((len(images), *self._program.buffers[self._program.output]), np.float32)
+        found = self._native.trace(images, out, forced, channels_last)
+        layers = tuple(
+            LayerTrace(operator.name, operator.kind, *values)
+            for operator, *values in zip(
+                self._program.operators, found["kernels"], found["ms"], found["gate_ms"], found["macs"],
+                found["gate_macs"], strict=True,
+            )
+        )  # fmt: skip
+        made = {name: Decision(channels=found["decisions"][place]) for name, place in self._gates.items()}
+        macs = sum((layer.macs + layer.gate_macs for layer in layers), np.zeros(len(images), np.int64))
+        return Trace(layers, made, self._shaped(out), macs, found["total_ms"])
+
+    def set_density(self, density: Density) -> None:
+        """Change the share of channels that gates keep, for calls that begin after: nothing is compiled anew.
+
+        Args:
+            density: in (0, 1], for all gated layers, or by pattern of names; layers that none fits keep theirs.
+
+        Raises:
+            ThriftyError: a density is out of range, a pattern fits no gated layer, or there is none.
+        """
+        if not self._gates:
+            raise ThriftyError("the program has no gated layer whose density could be set.")
+        check_patterns(density, self._gates)
+        for name, place in self._gates.items():
+            value = density_for(density, name)
+            if value is not None:
+                self._native.set_winners(place, kept(value, self._channels(place)))
+
+    @property
+    def program(self) -> Program:
+        """The program as it runs now, `set_density` included."""
+        changed = {}
+        for name, place in self._gates.items():
+            winners = self._native.winners(place)
+            if winners != self._program.operators[place].attributes["winners"]:
+                changed[name] = winners
+        if changed:
+            self._program = self._program.with_winners(changed)
+        return self._program
+
+    @property
+    def density(self) -> float:
+        """Mean share of channels that the gated layers keep, 1 where none is gated."""
+        shares = [self._native.winners(place) / self._channels(place) for place in self._gates.values()]
+        return sum(shares) / len(shares) if shares else 1.0
+
+    @property
+    def threads(self) -> int:
+        """CPU threads that a call works on."""
+        return self._native.threads
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use: generic, avx2 or avx512."""
+        return self._native.isa
+
+    def save(self, path: str | Path) -> None:
+        """Write the program, at the densities that are set, to a file that `thrifty.load` reads."""
+        save_program(self.program, path)
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self._program.buffers[0]))
+        gates = f", {len(self._gates)} gates at density {self.density:.2f}" if self._gates else ""
+        return f"Engine({shape}, {len(self._program.operators)} operators{gates}, threads={self.threads}, {self.isa})"
+
+    def _channels(self, place: int) -> int:
+        return self._program.buffers[self._program.operators[place].output][0]
+
+    def _shaped(self, out: Array) -> Array:
+        return out.reshape(out.shape[:2]) if self._program.flat else out
+
+    def _images(self, x: Any) -> tuple[Array, bool]:
+        """x as an array that the native part can read, and whether its channels come last."""
+        if _is_tensor(x):
+            if x.device.type != "cpu" or x.layout != sys.modules["torch"].strided:
+                raise ThriftyError(f"the input must be a dense tensor on the CPU, not {x.layout} on {x.device}.")
+            if str(x.dtype) not in {"torch.float32", "torch.uint8"}:
+                raise ThriftyError(f"the input is {x.dtype}, but must be float32 or uint8.")
+            x = x.detach().numpy()
+        if not isinstance(x, np.ndarray):
+            raise ThriftyError(f"the input is {type(x).__name__}, but must be a NumPy array or a torch tensor.")
+        if x.dtype not in (np.float32, np.uint8):
+            raise ThriftyError(f"the input is {x.dtype}, but must be float32 or uint8.")
+        photographs = x.dtype == np.uint8
+        if photographs and self._program.preprocessing is None:
+            raise ThriftyError("the program has no preprocessing for uint8 photographs: give it normalised float32.")
+        channels, height, width = self._program.buffers[0]
+        first, last = (channels, height, width), (height, width, channels)
+        channels_last = photographs and x.ndim == 4 and x.shape[1:] == last != first
+        if x.ndim != 4 or (x.shape[1:] != first and not channels_last):
+            wanted = f"[N, {channels}, {height}, {width}]"
+            if photographs:
+                wanted += f" or [N, {height}, {width}, {channels}]"
+            raise ThriftyError(f"the input is {list(x.shape)}, but the program takes {wanted}.")
+        if not x.flags.aligned or any(stride % x.itemsize for stride in x.strides):
+            x = x.copy()
+        return x, channels_last
+
+    def _forced(self, decisions: Mapping[str, Decision], count: int) -> dict[int, Array]:
+        forced = {}
+        for name, decision in decisions.items():
+            if name not in self._gates:
+                known = ", ".join(self._gates) or "none"
+                raise ThriftyError(f"there is a decision for {name!r}, which is no gated layer. They are: {known}.")
+            place = self._gates[name]
+            shape = (count, self._channels(place))
+            if decision.channels is None or tuple(decision.channels.shape) != shape:
+                given = None if decision.channels is None else list(decision.channels.shape)
+                raise ThriftyError(f"the channels decided for {name} are {given}, but must be bool {list(shape)}.")
+            forced[place] = np.ascontiguousarray(np.asarray(decision.channels))
+        return forced
+
+
+def load(path: str | Path, threads: int = 1) -> Engine:
+    """An engine for a program file, as `Engine.save` writes it. Needs neither torch nor the model's code.
+
+    Raises:
+        ThriftyError: the file is missing, damaged or of a newer version, or `threads` is out of range.
+    """
+    return Engine(load_program(path), threads)
+
+
+def _is_tensor(x: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
