@@ -8,7 +8,7 @@ class DirectConvolution final : public Convolution {
 public:
     DirectConvolution(const ConvShape& shape, const float* weight, const float* bias)
         : shape_(shape), weight_(weight), bias_(bias) {
-        const bool threes = shape.kernel_width == 3 && shape.stride_width == 1 && shape.dilation_width == 1;
+        const bool threes = shape.kernel_width == 3 && shape.dilation_width == 1 && !strided();
         const bool pixel = shape.taps() == 1 && shape.pad_top == 0 && shape.pad_left == 0;
         run_ = threes ? 3 : 1;
         for (int r = 0; r < max_rows; ++r) {
