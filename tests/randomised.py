@@ -58,12 +58,17 @@ def randomise(model: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             _fill(module, name, parameter, generator)
-    norms = [module for module in model.modules() if _has_statistics(module)]
-    handles = [norm.register_forward_pre_hook(_random_statistics(generator)) for norm in norms]
+    handles = random_statistics(model, generator)
     model.eval()(x)
     for handle in handles:
         handle.remove()
     return model
+
+
+def random_statistics(model: nn.Module, generator: torch.Generator) -> list[Any]:
+    """From now on, each normalisation takes random statistics that suit what reaches it; ends with the handles."""
+    norms = [module for module in model.modules() if _has_statistics(module)]
+    return [norm.register_forward_pre_hook(_random_statistics(generator)) for norm in norms]
 
 
 def _fill(module: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> None:

@@ -16,23 +16,34 @@ from thrifty.errors import ThriftyError, missing_extra
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from thrifty.compiler import compile  # noqa: A004 (read as thrifty.compile)
     from thrifty.conversion import Conversion
     from thrifty.converter import convert
     from thrifty.dynamic import Dynamic, decisions
+    from thrifty.engine import Engine, Trace, load
     from thrifty.evaluation import Evaluation, evaluate
+    from thrifty.lowering import lower
     from thrifty.macs import MacCount, count_macs
     from thrifty.methods import FBS
+    from thrifty.program import Preprocessing, Program
 
 _PLACES = {
     "Conversion": "thrifty.conversion",
     "Dynamic": "thrifty.dynamic",
+    "Engine": "thrifty.engine",
     "Evaluation": "thrifty.evaluation",
     "FBS": "thrifty.methods",
     "MacCount": "thrifty.macs",
+    "Preprocessing": "thrifty.program",
+    "Program": "thrifty.program",
+    "Trace": "thrifty.engine",
+    "compile": "thrifty.compiler",
     "convert": "thrifty.converter",
     "count_macs": "thrifty.macs",
     "decisions": "thrifty.dynamic",
     "evaluate": "thrifty.evaluation",
+    "load": "thrifty.engine",
+    "lower": "thrifty.lowering",
 }
 
 __all__ = [
@@ -40,13 +51,20 @@ __all__ = [
     "Conversion",
     "Decision",
     "Dynamic",
+    "Engine",
     "Evaluation",
     "MacCount",
+    "Preprocessing",
+    "Program",
     "ThriftyError",
+    "Trace",
+    "compile",
     "convert",
     "count_macs",
     "decisions",
     "evaluate",
+    "load",
+    "lower",
     "zoo",
 ]
 

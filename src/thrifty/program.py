@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from thrifty import _native
 from thrifty.errors import ProgramError
 
 Shape = tuple[int, int, int]
@@ -318,10 +319,6 @@ def _check_names(program: Program) -> None:
 
 def _check_with_native(program: Program) -> None:
     """Everything that executors rely on is checked once, by the native part: shapes, references, sizes."""
-    try:
-        from thrifty import _native  # noqa: PLC0415
-    except ImportError:
-        return
     try:
         _native.check(program.buffers, operator_tuples(program), program.output)
     except (ValueError, TypeError, OverflowError) as error:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from thrifty.decision import Decision
 from thrifty.errors import ProgramError
 from thrifty.program import FILL_ZEROS, Operator, Program
 
@@ -25,14 +26,14 @@ class Result:
 
     Attributes:
         output: [N, C, H, W], or [N, C] where the program's output is flat.
-        decisions: bool [N, O] for each gated layer by name: the channels that were computed.
+        decisions: of each gated layer, by name; `channels` are bool [N, O].
         saliencies: [N, O] for each gated layer by name.
         macs: int64 [N] for each convolution and linear layer by name, as executed, gates not included.
         gate_macs: int64 [N] for each gated layer by name.
     """
 
     output: Array
-    decisions: dict[str, Array]
+    decisions: dict[str, Decision]
     saliencies: dict[str, Array]
     macs: dict[str, Array]
     gate_macs: dict[str, Array]
@@ -51,14 +52,14 @@ class _Map:
 
 
 def run_reference(
-    program: Program, x: Array, decisions: Mapping[str, Array] | None = None, dtype: DTypeLike = np.float64
+    program: Program, x: Array, decisions: Mapping[str, Decision] | None = None, dtype: DTypeLike = np.float64
 ) -> Result:
     """Run a program on inputs x, image by image.
 
     Args:
         program: what to run.
         x: float [N, C, H, W], normalised, or uint8 where the program has preprocessing.
-        decisions: bool [N, O] by name of the gated layer; they replace the gate's own choice of winners.
+        decisions: by name of the gated layer, `channels` bool [N, O]: they replace the gate's own choice of winners.
         dtype: in which everything is computed.
 
     Raises:
@@ -77,7 +78,7 @@ def run_reference(
 
     return Result(
         output,
-        gathered("decisions", program.gated),
+        {name: Decision(channels=rows) for name, rows in gathered("decisions", program.gated).items()},
         gathered("saliencies", program.gated),
         gathered("macs", program.macs()),
         gathered("gate_macs", program.gated),
@@ -86,7 +87,7 @@ def run_reference(
 
 def _inputs(program: Program, x: Array, dtype: DTypeLike) -> Array:
     shape = program.buffers[0]
-    if x.ndim != 4 or x.shape[1:] != shape:
+    if x.ndim != 4 or x.shape[1:] != shape or not len(x):
         raise ProgramError(f"the program takes inputs of shape {['N', *shape]}, not {list(x.shape)}.")
     if x.dtype != np.uint8:
         return x.astype(dtype)
@@ -98,16 +99,17 @@ def _inputs(program: Program, x: Array, dtype: DTypeLike) -> Array:
     return (x.astype(dtype) / 255 - mean) / std
 
 
-def _forced(program: Program, decisions: Mapping[str, Array], count: int) -> dict[str, Array]:
-    for name, rows in decisions.items():
+def _forced(program: Program, decisions: Mapping[str, Decision], count: int) -> dict[str, Array]:
+    forced = {}
+    for name, decision in decisions.items():
         if name not in program.gated:
             raise ProgramError(f"no gated layer is named {name!r}. They are: {', '.join(program.gated)}.")
-        channels = program.buffers[program.operators[program.gated[name]].output][0]
-        if rows.shape != (count, channels) or rows.dtype != bool:
-            raise ProgramError(
-                f"the decision of {name} must be bool {[count, channels]}, not {rows.dtype} {list(rows.shape)}."
-            )
-    return dict(decisions)
+        shape = (count, program.buffers[program.operators[program.gated[name]].output][0])
+        if decision.channels is None or tuple(decision.channels.shape) != shape:
+            given = None if decision.channels is None else list(decision.channels.shape)
+            raise ProgramError(f"the channels decided for {name} are {given}, but must be bool {list(shape)}.")
+        forced[name] = np.asarray(decision.channels)
+    return forced
 
 
 class _Run:

@@ -1,0 +1,181 @@
+"""Program files: what comes back, and what damaged ones lead to."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from test_program import small_program
+
+import thrifty
+from thrifty import program_file
+from thrifty.errors import ProgramError, ThriftyError
+from thrifty.program import Program
+from thrifty.program_file import FORMAT, KEY, load_program, save_program
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.thrifty"
+    save_program(small_program(), path)
+    return path
+
+
+def assert_same(found: Program, expected: Program) -> None:
+    for name in ("buffers", "operators", "output", "flat", "classes", "preprocessing"):
+        assert getattr(found, name) == getattr(expected, name), name
+    assert dict(found.method or {}) == dict(expected.method or {})
+    assert set(found.tensors) == set(expected.tensors)
+    for name, array in expected.tensors.items():
+        assert found.tensors[name].dtype == array.dtype
+        assert np.array_equal(found.tensors[name], array)
+
+
+@pytest.mark.parametrize("changes", [{}, {"preprocessing": None, "classes": (), "method": None, "flat": False}])
+def test_a_file_gives_back_the_program(tmp_path: Path, changes: dict[str, Any]) -> None:
+    program = small_program(**changes)
+    save_program(program, tmp_path / "sub" / "p.thrifty")
+    assert_same(load_program(tmp_path / "sub" / "p.thrifty"), program)
+
+
+def rewritten(file: Path, change: Any) -> Path:
+    """The file with another description."""
+    with safe_open(file, "numpy") as old:
+        description = json.loads(old.metadata()[KEY])
+        tensors = {name: old.get_tensor(name) for name in old.keys()}  # noqa: SIM118 (not a dict)
+    text = change(description, tensors)
+    text = text if isinstance(text, str) else None
+    save_file(tensors, file, metadata={KEY: json.dumps(description) if text is None else text})
+    return file
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d, _: d.update(format=FORMAT + 1), "newer thrifty.*Upgrade"),
+        (lambda d, _: d.update(format="1"), "format version is '1'"),
+        (lambda d, _: d.pop("format"), "no format version"),
+        (lambda d, _: d.pop("buffers"), "damaged"),
+        (lambda d, _: d.update(operators=[{}]), "damaged"),
+        (lambda d, _: d.update(operators=3), "damaged"),
+        (lambda d, _: d.update(operators=[{}] * 100_001), "100001 operators"),
+        (lambda d, _: d.update(flat="yes"), "flat"),
+        (lambda d, _: d.update(classes="abcde"), "classes"),
+        (lambda d, _: d.update(method=[1]), "method"),
+        (lambda d, _: d.update(preprocessing={"mean": [1, 2, 3]}), "damaged"),
+        (lambda d, _: d["operators"][0].update(inputs=[2]), "damaged"),
+        (lambda d, _: d["operators"][0]["attributes"].update(winners=10**30), "damaged"),
+        (lambda d, _: d["operators"][1].update(tensors=["a"]), "damaged"),
+        (lambda d, _: d["buffers"].__setitem__(1, [4, 2**40, 2**40]), "damaged"),
+        (lambda _d, t: t["fc.bias"].__setitem__(0, np.nan), "fc.bias in .* has NaN"),
+        (lambda _d, t: t["fc.bias"].__setitem__(0, np.inf), "fc.bias in .* has NaN or inf"),
+        (lambda _d, t: t.update({"fc.bias": t["fc.bias"].astype(np.float64)}), "float32 or int32 array, not float64"),
+        (lambda _d, t: t.update({"fc.bias": t["fc.bias"][:3].copy()}), "fc"),
+        (lambda _d, t: t.pop("fc.bias"), "not among the tensors"),
+        (lambda _d, _t: "[" * 100_000, "damaged"),
+        (lambda _d, _t: "[]", "no format version"),
+        (lambda _d, _t: "{", "damaged"),
+    ],
+)
+def test_wrong_descriptions_are_refused(file: Path, change: Any, message: str) -> None:
+    with pytest.raises(ProgramError, match=message) as caught:
+        load_program(rewritten(file, change))
+    assert str(file) in str(caught.value)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({"a": np.zeros(3, np.float32)}, path)
+    with pytest.raises(ProgramError, match="not written by thrifty's engine"):
+        load_program(path)
+    with pytest.raises(ProgramError, match="there is no file"):
+        load_program(tmp_path / "nothing.thrifty")
+    with pytest.raises(ProgramError, match="there is no file"):
+        load_program(tmp_path)
+    for content in (b"", b"x", b"\xff" * 100, b"\x08" + b"\0" * 7 + b"{}      "):
+        path.write_bytes(content)
+        with pytest.raises(ProgramError):
+            load_program(path)
+
+
+def test_truncated_files_are_refused(file: Path) -> None:
+    content = file.read_bytes()
+    for length in (*range(0, len(content), 97), len(content) - 1):
+        file.write_bytes(content[:length])
+        with pytest.raises(ProgramError):
+            load_program(file)
+
+
+def test_flipped_bits_give_an_error_or_a_valid_program(file: Path) -> None:
+    content, rng = file.read_bytes(), random.Random(0)
+    header = int.from_bytes(content[:8], "little") + 8
+    refused = 0
+    for _ in range(1500):
+        changed = bytearray(content)
+        for _ in range(rng.choice((1, 1, 3))):
+            changed[rng.randrange(header)] ^= 1 << rng.randrange(8)
+        file.write_bytes(changed)
+        try:
+            assert isinstance(load_program(file), Program)
+        except ProgramError:
+            refused += 1
+    assert 500 < refused < 1500
+
+
+def test_a_failed_write_leaves_the_old_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = file.read_bytes()
+
+    def fail(_tensors: Any, path: Path, metadata: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(program_file, "save_file", fail)
+    with pytest.raises(ThriftyError, match="No space left"):
+        save_program(small_program(), file)
+    assert file.read_bytes() == old
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    tensors = dict(small_program().tensors)
+    tensors["b.bias"] = np.full(4, np.nan, np.float32)
+    with pytest.raises(ProgramError, match=r"b\.bias in .* has NaN"):
+        save_program(small_program(tensors=tensors), tmp_path / "p.thrifty")
+    assert not list(tmp_path.iterdir())
+
+
+def test_large_finite_weights_are_fine(tmp_path: Path) -> None:
+    tensors = dict(small_program().tensors)
+    tensors["b.bias"] = np.full(4, 3e38, np.float32)
+    save_program(small_program(tensors=tensors), tmp_path / "p.thrifty")
+    assert (load_program(tmp_path / "p.thrifty").tensors["b.bias"] == np.float32(3e38)).all()
+
+
+def test_loading_is_quick_and_needs_no_torch(file: Path) -> None:
+    code = f"import sys, thrifty; thrifty.load({str(file)!r}); print('torch' in sys.modules)"
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - start)
+        assert done.stdout.strip() == "False"
+    assert min(times) < 0.3, f"the fastest of {len(times)} starts took {min(times):.2f} s"
+
+
+def test_an_engine_saves_the_densities_that_are_set(file: Path, tmp_path: Path) -> None:
+    engine = thrifty.load(file)
+    engine.set_density(1.0)
+    engine.save(tmp_path / "full.thrifty")
+    again = thrifty.load(tmp_path / "full.thrifty")
+    assert again.program.operators[0].attributes["winners"] == 4
+    x = np.random.default_rng(1).standard_normal((2, 3, 6, 6)).astype(np.float32)
+    assert np.array_equal(again(x), engine(x))
