@@ -1,4 +1,4 @@
-"""Put a finished run's weights into the zoo, with their record. The test photographs are looked at here, and once.
+"""Put a finished run's weights, program and record into the zoo. The test photographs are looked at here, and once.
 
 Usage: python scripts/release.py RUN --root DATA [--name NAME]
 RUN is the directory of a finished `thrifty train`; DATA holds test/<class>/*.jpg.
@@ -22,6 +22,7 @@ from thrifty.evaluation import evaluate
 from thrifty.files import replacing, sha256
 from thrifty.machine import machine
 from thrifty.train import checkpoint
+from thrifty.zoo.compilation import compile_record
 from thrifty.zoo.nets import build
 from thrifty.zoo.records import WEIGHTS, Record
 from thrifty.zoo.store import load_model
@@ -34,7 +35,7 @@ DESCRIPTIONS = {
 
 
 def main() -> None:
-    """Evaluate, copy the weights, write the record."""
+    """Evaluate, copy the weights, compile, write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--root", type=Path, required=True)
@@ -77,7 +78,7 @@ def main() -> None:
         made_with=_environment(recipe),
         sha256=sha256(source),
     )
-    record.write()
+    compile_record(record)
     print(f"{name}: {record.accuracy:.4f} on {record.data['test']} photographs, {result.macs}")
 
 

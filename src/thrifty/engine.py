@@ -17,6 +17,7 @@ from thrifty.density import Density, check_patterns, density_for, kept
 from thrifty.errors import ThriftyError
 from thrifty.program import Program, operator_tuples
 from thrifty.program_file import load_program, save_program
+from thrifty.zoo.programs import find_program
 
 Array = NDArray[Any]
 
@@ -268,10 +269,14 @@ class Engine:
 def load(path: str | Path, threads: int = 1) -> Engine:
     """An engine for a program file, as `Engine.save` writes it. Needs neither torch nor the model's code.
 
+    Args:
+        path: of the file, or the name of a zoo model (see `thrifty zoo`).
+        threads: CPU threads.
+
     Raises:
         ThriftyError: the file is missing, damaged or of a newer version, or `threads` is out of range.
     """
-    return Engine(load_program(path), threads)
+    return Engine(load_program(find_program(path)), threads)
 
 
 def _is_tensor(x: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import platform
@@ -33,6 +34,15 @@ def machine() -> dict[str, Any]:
         "cores": cores(),
         "features": _cpu_features(),
     }
+
+
+def native_features() -> dict[str, Any]:
+    """What the compiled part says of itself: the instruction set in use (`isa`) and what the CPU has; {} without it."""
+    try:
+        native: Any = importlib.import_module("thrifty._native")
+    except ImportError:
+        return {}
+    return dict(native.features())
 
 
 def extras() -> dict[str, dict[str, Any]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from thrifty.errors import ThriftyError
 
@@ -27,6 +28,32 @@ Density = Annotated[
     float | None, typer.Option(help="Run a dynamic model at this density, in (0, 1], instead of its own.")
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")]
+
+
+WORDS = frozenset({"onnxruntime", "openvino", "torch", "none"})
+
+
+class Several(TyperCommand):
+    """A command whose repeatable options take several numbers or names of engines at once: `--threads 1 2`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the option before each further value, which is what the parser below understands."""
+        several = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
+        expanded: list[str] = []
+        option = None
+        for argument in args:
+            if option is not None and expanded[-1] != option and _is_value(argument):
+                expanded.append(option)
+            elif argument.startswith("-"):
+                option = argument if argument in several else None
+            elif option is None or expanded[-1] != option:
+                option = None
+            expanded.append(argument)
+        return super().parse_args(ctx, expanded)
+
+
+def _is_value(text: str) -> bool:
+    return text in WORDS or text.replace(".", "", 1).isdigit()
 
 
 def open_model(source: str, net: str | None, density: float | None) -> tuple[nn.Module, ModelCard]:

@@ -45,6 +45,11 @@ def millions(macs: float) -> str:
     return f"{macs / 1e6:,.2f} M"
 
 
+def number(value: float) -> str:
+    """A measured value as text, to three digits or the unit."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.{2 if value < 10 else 1}f}"
+
+
 def percent(share: float | None) -> str:
     """A share in [0, 1] as text in percent."""
     return "" if share is None else f"{100 * share:.2f} %"

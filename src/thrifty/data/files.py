@@ -57,6 +57,14 @@ def read_files(paths: Sequence[Path], size: int, resize: bool = True) -> np.ndar
     return pixels
 
 
+def normalised(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """uint8 [N, H, W, C] to float32 [N, C, H, W]: (pixel / 255 - mean) / std per channel."""
+    scale = 1 / (255 * np.array(std))
+    shift = 255 * np.array(mean) * scale
+    values = pixels * scale.astype(np.float32) - shift.astype(np.float32)
+    return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
+
+
 def _read(path: Path, size: int, resize: bool) -> np.ndarray:
     picture = _decode(path)
     width, height = picture.size

@@ -11,6 +11,7 @@ from thrifty.errors import CheckpointError
 from thrifty.files import write_text
 
 WEIGHTS = Path(__file__).parent / "weights"
+PROGRAMS = Path(__file__).parent / "programs"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Record:
         parameters: number of trained values.
         made_with: CPU, threads and versions.
         sha256: of the weights' file.
+        program_sha256: of the compiled program, or None where there is none yet.
     """
 
     name: str
@@ -54,11 +56,17 @@ class Record:
     parameters: int
     made_with: dict[str, Any]
     sha256: str
+    program_sha256: str | None = None
 
     @property
     def path(self) -> Path:
         """The weights' file."""
         return WEIGHTS / f"{self.name}.safetensors"
+
+    @property
+    def program(self) -> Path:
+        """The compiled program, which needs no torch."""
+        return PROGRAMS / f"{self.name}.thrifty"
 
     def write(self) -> None:
         """Put the record beside the weights."""

@@ -1,8 +1,12 @@
-"""From the name of a network to the network: zoo definitions, torchvision, timm and a user's own code."""
+"""From the name of a network to the network: zoo definitions, torchvision, timm and a user's own code.
+
+A name without a prefix is a zoo network, or else one of torchvision's or timm's.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,16 +23,17 @@ FORMS = "a zoo network, torchvision:NAME, timm:NAME or module:function"
 def build_net(name: str, **arguments: Any) -> nn.Module:
     """A network with fresh weights from its name, which has one of `FORMS`.
 
-    `module:function` imports and calls the user's own code; names without a prefix are zoo networks.
+    `module:function` imports and calls the user's own code. Among names without a prefix, zoo networks come first, then
+    torchvision's, then timm's.
 
     Raises:
         ThriftyError: nothing of that name exists, it does not take the arguments or does not return a module.
     """
     prefix, colon, rest = name.partition(":")
     if not colon:
-        if name not in NETS:
-            raise ThriftyError(f"there is no network {name!r}. Give {FORMS}; the zoo has: {', '.join(NETS)}.")
-        return build(name, **arguments)
+        if name in NETS:
+            return build(name, **arguments)
+        prefix, rest = _library(name), name
     builder: Callable[..., Any]
     if prefix == "torchvision":
         models = require("torchvision.models", f"network {name}")
@@ -45,6 +50,14 @@ def build_net(name: str, **arguments: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ThriftyError(f"{name!r} returned a {type(model).__name__}, but must return a torch.nn.Module.")
     return model
+
+
+def _library(name: str) -> str:
+    """Which library has a network of this name."""
+    for library, names in (("torchvision", "torchvision.models"), ("timm", "timm")):
+        if importlib.util.find_spec(library) and name in importlib.import_module(names).list_models():
+            return library
+    raise ThriftyError(f"there is no network {name!r}. Give {FORMS}; the zoo has: {', '.join(NETS)}.")
 
 
 def _own(module: str, function: str) -> Callable[..., Any]:

@@ -1,0 +1,210 @@
+"""What is measured: a dense network, and the dynamic one made of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from thrifty.errors import CheckpointError, ProgramError, ThriftyError
+from thrifty.program import Program, Shape
+from thrifty.program_file import load_program
+from thrifty.zoo.records import records
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from thrifty.dynamic import Dynamic
+
+SUFFIX = ".thrifty"
+SPREAD = 0.3
+"""Standard deviation of the random gates' saliencies over images; their mean is 1."""
+
+IMAGES = 8
+"""Different images that gates are made with and that are measured."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network to measure.
+
+    Attributes:
+        name: as it was asked for.
+        dense: the dense network; of a program that has gates, the same without them.
+        module: the dense network in torch, or None where there is only a program.
+        dynamic: the network with gates, or None.
+        method: name of the method that put the gates there, or ''.
+        own_density: whether the densities that the dynamic network was trained with are to be measured.
+    """
+
+    name: str
+    dense: Program
+    module: nn.Module | None
+    dynamic: Program | None
+    method: str = ""
+    own_density: bool = False
+
+    @property
+    def shape(self) -> Shape:
+        """Of an image, [C, H, W]."""
+        return self.dense.buffers[0]
+
+
+def find_subject(
+    source: str,
+    image: int | None = None,
+    method: str = "fbs",
+    where: Sequence[str] = (),
+    density: float = 0.5,
+    images: int = IMAGES,
+) -> Subject:
+    """The network that `source` names.
+
+    Args:
+        source: a .thrifty file, a zoo model, a file of weights, or a network's name (see `zoo.resolve.build_net`).
+        image: height and width in pixels; if not given, the model's own, 32 for zoo networks and 224 for others.
+        method: makes a dense network dynamic, with random gates that decide differently for every image; 'none'
+            leaves it dense.
+        where: patterns of the names of layers that may be gated; none means all.
+        density: that the dynamic network starts at.
+        images: number of images that the random gates are fitted to.
+
+    Raises:
+        ThriftyError: there is no such network, it does not take images of this size, or it cannot be lowered.
+    """
+    if source.endswith(SUFFIX):
+        return _of_program(source, image)
+    import torch  # noqa: PLC0415 (programs need none of these)
+
+    from thrifty.converter import convert  # noqa: PLC0415
+    from thrifty.lowering import lower  # noqa: PLC0415
+    from thrifty.methods import method_config  # noqa: PLC0415
+    from thrifty.zoo.resolve import build_net  # noqa: PLC0415
+    from thrifty.zoo.store import load_model  # noqa: PLC0415
+
+    if Path(source).is_file() or source in {record.name for record in records()}:
+        model, card = load_model(source)
+        size = card.size
+        if image not in {None, size}:
+            raise CheckpointError(f"{source} takes images of {size} px, --image {image} was given.")
+        if card.method is not None:
+            return _of_trained(source, model, build_net(card.net, **card.arguments), size)
+    else:
+        model, size = build_net(source), image or _usual_size(source)
+    model = model.eval()
+    example = torch.zeros(1, 3, size, size)
+    dense = lower(model, example)
+    if method == "none":
+        return Subject(source, dense, model, None)
+    config = method_config(method, {"where": tuple(where) or None, "density": density})
+    dynamic = convert(copy.deepcopy(model), config, example, inplace=True)
+    if not dynamic.gates():
+        raise ThriftyError(f"{method} gates no layer of {source}: `thrifty convert {source}` tells why.")
+    randomise_gates(dynamic, torch.from_numpy(random_images(images, dense.buffers[0])))
+    return Subject(source, dense, model, lower(dynamic, example), method)
+
+
+def random_images(count: int, shape: Shape, seed: int = 0) -> NDArray[np.float32]:
+    """float32 [count, C, H, W]: blots and grain of random strength, each image with mean 0 and deviation 1."""
+    rng = np.random.default_rng(seed)
+    channels, height, width = shape
+    x = np.zeros((count, *shape))
+    for cells in (1, 4, 16):
+        strength = rng.uniform(0.2, 1.5, (count, channels, 1, 1))
+        blots = rng.standard_normal((count, channels, cells, cells))
+        rows, columns = (np.arange(size) * cells // size for size in (height, width))
+        x += strength * blots[:, :, rows[:, None], columns]
+    x += rng.uniform(0.05, 1, (count, 1, 1, 1)) * rng.standard_normal(x.shape)
+    x -= x.mean((1, 2, 3), keepdims=True)
+    return (x / x.std((1, 2, 3), keepdims=True)).astype(np.float32)
+
+
+def without_gates(program: Program) -> Program:
+    """The dense network that a program with gates was made of: the same weights, every channel computed."""
+    operators = []
+    dropped = set()
+    for operator in program.operators:
+        if operator.gated:
+            dropped |= {name for role, name in operator.tensors.items() if role.startswith("gate")}
+            attributes = {key: value for key, value in operator.attributes.items() if key not in {"gate", "winners"}}
+            tensors = {role: name for role, name in operator.tensors.items() if not role.startswith("gate")}
+            operators.append(replace(operator, attributes=attributes, tensors=tensors))
+        else:
+            operators.append(operator)
+    kept = {name: tensor for name, tensor in program.tensors.items() if name not in dropped}
+    return replace(program, operators=tuple(operators), tensors=kept, method=None)
+
+
+def randomise_gates(model: Dynamic, x: Any, seed: int = 0) -> None:
+    """Give every gate random weights with which images x [N, C, H, W] decide independently of each other.
+
+    Saliencies are 1 + phi (m - mean of m over x), scaled to a standard deviation of `SPREAD`, where m are the mean
+    magnitudes that the gate sees: so no two images agree, and values neither explode nor fade on their way.
+
+    Raises:
+        ThriftyError: a gate has no linear predictor to randomise.
+    """
+    import torch  # noqa: PLC0415 (programs need no torch)
+
+    from thrifty.dynamic import evaluating  # noqa: PLC0415
+    from thrifty.gates import mean_magnitude  # noqa: PLC0415
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def fit(gate: Any, inputs: tuple[Any, ...]) -> None:
+        seen = mean_magnitude(inputs[0])
+        mean = seen.mean(0)
+        # Images differ most in their strength, by which alone they would fall into two classes: all directions in which
+        # they differ get the same weight, down to a hundredth of the first.
+        _, sizes, directions = torch.linalg.svd(seen - mean, full_matrices=False)
+        weight = torch.randn(len(gate.predictor.bias), len(sizes), generator=generator)
+        weight = weight / sizes.clamp_min(1e-2 * float(sizes[0]) + 1e-12) @ directions
+        scores = (seen - mean) @ weight.T
+        weight *= SPREAD / scores.std().clamp_min(1e-12)
+        gate.predictor.weight.copy_(weight)
+        gate.predictor.bias.copy_(1 - weight @ mean)
+
+    handles = []
+    for name, gate in model.gates().items():
+        if not hasattr(gate, "predictor"):
+            raise ThriftyError(f"the gate of {name}, a {type(gate).__name__}, has no predictor to randomise.")
+        handles.append(gate.register_forward_pre_hook(fit))
+    with evaluating(model):
+        try:
+            model(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _of_program(source: str, image: int | None) -> Subject:
+    program = load_program(source)
+    size = program.buffers[0][1:]
+    if image is not None and size != (image, image):
+        raise ProgramError(f"{source} takes images of {size[0]} x {size[1]} px, --image {image} was given.")
+    if not program.gated:
+        return Subject(source, program, None, None)
+    method = str((program.method or {}).get("name", "gated"))
+    return Subject(source, without_gates(program), None, program, method, own_density=True)
+
+
+def _of_trained(source: str, model: Any, dense: nn.Module, size: int) -> Subject:
+    """A trained dynamic model beside its dense network, whose weights are random: time does not depend on them."""
+    import torch  # noqa: PLC0415
+
+    from thrifty.lowering import lower  # noqa: PLC0415
+
+    example = torch.zeros(1, 3, size, size)
+    dense = dense.eval()
+    return Subject(source, lower(dense, example), dense, lower(model, example), model.method.name, own_density=True)
+
+
+def _usual_size(source: str) -> int:
+    from thrifty.zoo.nets import NETS  # noqa: PLC0415
+
+    return 32 if source in NETS else 224

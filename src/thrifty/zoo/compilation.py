@@ -1,0 +1,36 @@
+"""From a trained model to a program that runs without torch: the network, its classes and its preprocessing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from thrifty.files import sha256
+from thrifty.lowering import lower
+from thrifty.program import Preprocessing, Program
+from thrifty.program_file import save_program
+from thrifty.zoo.records import Record
+from thrifty.zoo.store import ModelCard, load_model
+
+
+def program_of(model: nn.Module, card: ModelCard) -> Program:
+    """The program of a trained model, with the classes and the preprocessing that its card tells."""
+    return lower(model, torch.zeros(1, 3, card.size, card.size), Preprocessing(card.mean, card.std), card.classes)
+
+
+def compile_file(source: str | Path, path: str | Path) -> Program:
+    """Write the program of a zoo model or a file of weights to `path`."""
+    program = program_of(*load_model(source))
+    save_program(program, path)
+    return program
+
+
+def compile_record(record: Record) -> Record:
+    """Make a zoo model's program anew, and its record with the sum of the file."""
+    compile_file(record.path, record.program)
+    compiled = replace(record, program_sha256=sha256(record.program))
+    compiled.write()
+    return compiled
