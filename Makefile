@@ -6,21 +6,24 @@ READY := $(VENV)/.ready
 DEMO_VENV ?= .venv-demo
 DEMO_READY := $(DEMO_VENV)/.ready
 SOURCES := pyproject.toml $(wildcard CMakeLists.txt) $(shell find native src -type f ! -name "*.pyc" ! -name "*.jpg" ! -name "*.so")
+NATIVE := CMakeLists.txt $(shell find native -type f)
+SANITIZED := build/sanitized
 FIGURES ?= benchmarks/results
 DATA ?= data/cifar10-jpeg
 
-.PHONY: help demo test check bench bench-training zoo programs clean
+.PHONY: help demo test check check-native bench bench-training zoo programs clean
 
 help:
 	@echo "make demo            classify the photographs that ship with the project, dense and dynamic, without torch"
 	@echo "make test            run the tests"
 	@echo "make check           format, lint, types and tests"
+	@echo "make check-native    the engine's tests under the address and undefined-behaviour sanitisers"
 	@echo "make bench           measure the engine beside others, into $(FIGURES)"
 	@echo "make bench-training  measure what training with gates costs, into $(FIGURES)"
 	@echo "make zoo             train the shipped weights anew from DATA=$(DATA) (hours)"
 	@echo "make programs        compile the zoo's models anew"
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
@@ -41,6 +44,20 @@ check: $(READY)
 	$(BIN)/ruff check src tests scripts benchmarks
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
+
+# An environment of its own: what is tested there needs no torch.
+$(SANITIZED)/.ready: pyproject.toml $(NATIVE) $(shell find src -name "*.py")
+	$(PYTHON) -m venv $(SANITIZED)
+	$(SANITIZED)/bin/python -m pip install --quiet pytest hypothesis
+	$(SANITIZED)/bin/python -m pip install --quiet -C build-dir=$(SANITIZED)/cmake -C cmake.define.THRIFTY_SANITIZE=ON .
+	@touch $@
+
+# Python itself is not sanitised, so the sanitiser's library has to be there first, and what Python keeps is no leak.
+check-native: $(SANITIZED)/.ready
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(SANITIZED)/bin/python -m pytest -q --noconftest -p no:cacheprovider \
+	tests/test_engine_operators.py tests/test_engine_calls.py tests/test_engine_checks.py tests/test_conv_kernels.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/engine.py --output $(FIGURES)/engine.csv

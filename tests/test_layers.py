@@ -15,9 +15,11 @@ ROOT = Path(thrifty.__file__).parent
 
 LEVELS = (
     {"errors"},
+    {"density"},
     {"files", "decision", "conversion", "gates", "machine", "program"},
     {"dynamic", "program_file", "reference", "onnx_export", "zoo.records"},
     {"macs", "graph", "methods.base", "zoo.programs"},
+    {"engine"},
     {"methods.fbs"},
     {"methods"},
     {"converter", "evaluation", "lowering.nodes"},
@@ -53,7 +55,7 @@ LEVELS = (
         "cli.zoo",
         "cli.doctor",
         "cli.bench",
-        "cli.compile",
+        "cli.compile_model",
     },
     {"cli"},
     {"__main__"},
@@ -92,7 +94,7 @@ def _imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "thrifty":
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                if inner == NATIVE:
+                if NATIVE in {inner, node.module}:
                     continue
                 found.add(inner if inner.removeprefix("thrifty.") in FILES else str(node.module))
     return {name.removeprefix("thrifty").removeprefix(".") for name in found}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -10,25 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thrifty.errors import ThriftyError
+from thrifty.density import check_density, kept
+
+__all__ = [
+    "CONV_ATTRIBUTES",
+    "Gate",
+    "GatedConv",
+    "LoweredGate",
+    "Pair",
+    "check_density",
+    "kept",
+    "mean_magnitude",
+    "top_k_mask",
+]
 
 Pair = tuple[Tensor, Tensor]
-
-
-def kept(density: float, channels: int) -> int:
-    """Channels kept of `channels` at `density` in (0, 1]: ceil(density * channels), and at least one.
-
-    The product is lowered by 1e-9 before rounding up, so that 0.55 * 100 = 55.00000000000001 keeps 55.
-    """
-    check_density(density)
-    return max(1, math.ceil(density * channels - 1e-9))
-
-
-def check_density(density: float) -> float:
-    """`density` as a float, or an error where it is not in (0, 1]."""
-    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
-        raise ThriftyError(f"density is {density!r}, but must be a number in (0, 1].")
-    return float(density)
 
 
 def top_k_mask(scores: Tensor, k: int | Tensor) -> Tensor:

@@ -23,15 +23,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from thrifty.conversion import Place
+from thrifty.density import Density, check_density, check_patterns, density_for, kept
 from thrifty.errors import ThriftyError
-from thrifty.gates import Gate, GatedConv, LoweredGate, Pair, check_density, kept, mean_magnitude, top_k_mask
+from thrifty.gates import Gate, GatedConv, LoweredGate, Pair, mean_magnitude, top_k_mask
 from thrifty.graph import NORMS_WITH_ACTIVATION, ConvSite, replace_module
 from thrifty.methods.base import MethodConfig
 
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 FLOOR = 0.1
 """Smallest rho of the preserving start, as a share of the layer's mean |gamma|."""
 
-Density = float | Mapping[str, float]
 Init = Literal["preserve", "paper"]
 Schedule = Literal["none", "steps", "linear"]
 
@@ -95,7 +94,7 @@ class FBS(MethodConfig):
         for site in sites:
             reason, gate_macs = self._refusal(site)
             places.append(Place(site.name, not reason, reason or site.limit, site.macs, 0 if reason else gate_macs))
-        self._check_patterns(self.density, [place.name for place in places if place.gated])
+        check_patterns(self.density, [place.name for place in places if place.gated])
         for site, place in zip(sites, places, strict=True):  # after the check: an error leaves the model untouched
             if place.gated:
                 self._gate(model, site)
@@ -109,11 +108,9 @@ class FBS(MethodConfig):
     def set_density(self, model: Dynamic, density: Density) -> None:
         """Change the density of all layers, or of those whose names a pattern fits; others keep theirs."""
         gates = _gates(model)
-        self._check_patterns(density, list(gates))
-        for wanted in density.values() if isinstance(density, Mapping) else (density,):
-            check_density(wanted)
+        check_patterns(density, list(gates))
         for name, gate in gates.items():
-            value = _look_up(density, name)
+            value = density_for(density, name)
             if value is not None:
                 gate.set_density(value)
 
@@ -129,7 +126,7 @@ class FBS(MethodConfig):
 
     def density_for(self, name: str) -> float:
         """The target density of the layer `name`."""
-        value = _look_up(self.density, name)
+        value = density_for(self.density, name)
         return 1.0 if value is None else value
 
     def density_at(self, progress: float, target: float) -> float:
@@ -193,12 +190,6 @@ class FBS(MethodConfig):
             gamma.copy_(torch.where(magnitude > floor, gamma.sign(), gamma / rho))
         _freeze_signs(norm)
 
-    @staticmethod
-    def _check_patterns(density: Density, names: list[str]) -> None:
-        for pattern in density if isinstance(density, Mapping) else ():
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ThriftyError(f"density names {pattern!r}, but no gated layer does. They are: {', '.join(names)}.")
-
 
 class FBSGate(Gate):
     """pi(x) = wta_k(ReLU(ss(x) phi + rho)) for maps x [N, C_in, H, W]."""
@@ -250,12 +241,6 @@ def _overhead(shape: torch.Size, channels: int) -> int:
 
 def _gates(model: Dynamic) -> dict[str, FBSGate]:
     return {name: gate for name, gate in model.gates().items() if isinstance(gate, FBSGate)}
-
-
-def _look_up(density: Density, name: str) -> float | None:
-    if not isinstance(density, Mapping):
-        return density
-    return next((value for pattern, value in density.items() if fnmatchcase(name, pattern)), None)
 
 
 def _detach_activation(norm: Any) -> nn.Module:
