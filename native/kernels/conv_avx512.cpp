@@ -14,6 +14,7 @@ namespace thrifty::THRIFTY_ISA {
 #include "conv_tile.inl"
 #include "conv_direct.inl"
 #include "conv_packed.inl"
+#include "conv_dot.inl"
 #include "conv_winograd.inl"
 #include "conv_depthwise.inl"
 #include "conv.inl"

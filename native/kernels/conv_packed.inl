@@ -56,15 +56,9 @@ private:
         const int number = pixels.last - pixels.first;
         const std::ptrdiff_t panel_step = std::ptrdiff_t{in.count} * shape_.taps() * panel;
         pack(call, in, pixels, place, weight, values, panel_step);
-        for (int o = 0; o < out.count;) {
-            const int rows = next_rows(out.count - o);
-            const float* row[max_rows];
-            for (int r = 0; r < rows; ++r) row[r] = weight_ + std::ptrdiff_t{out.index[o + r]} * most_pairs();
-            multiply({place, weight, in.count * shape_.taps()}, row, rows, 0, values, 0, panel_step, 1, sums, sum_row,
-                     number);
-            for (int r = 0; r < rows; ++r) write_channel(call, out.index[o + r], pixels, sums + r * sum_row);
-            o += rows;
-        }
+        const Product product{{place, weight, in.count * shape_.taps()}, values, 0, panel_step, 0, 1, number, sums, sum_row};
+        product.run(out, [&](int o) { return weight_ + std::ptrdiff_t{o} * most_pairs(); },
+                    [&](int o, const float* sum) { write_channel(call, o, pixels, sum); });
     }
 
     void pack(const ConvCall& call, Channels in, Range pixels, std::ptrdiff_t* place, int* weight, float* values,

@@ -126,13 +126,29 @@ inline constexpr TileSums sum_tiles[max_rows][panel_columns] = {
     {tile_sums<4, 1>, tile_sums<4, 2>}, {tile_sums<5, 1>, tile_sums<5, 2>}, {tile_sums<6, 1>, tile_sums<6, 2>},
 };
 
-// All panels, `panel_step` floats apart, for up to six rows.
-inline void multiply(Pairs pairs, const float* const* weight, int rows, std::ptrdiff_t weight_step, const float* value,
-                     std::ptrdiff_t value_step, std::ptrdiff_t panel_step, int steps, float* sums, int sum_row,
-                     int values) {
-    for (int p = 0; p * panel < values; ++p) {
-        const int columns = values - p * panel > lanes ? 2 : 1;
-        sum_tiles[rows - 1][columns - 1](pairs, weight, weight_step, value + p * panel_step, value_step, steps,
-                                         sums + p * panel, sum_row);
+// A matrix product: rows of weights by panels of values.
+struct Product {
+    Pairs pairs;
+    const float* value;
+    std::ptrdiff_t value_step, panel_step, weight_step;
+    int steps, values;
+    float* sums;
+    int sum_row;
+
+    // All rows, up to six at a time: row_of(channel) is a row's weights, take(channel, sums) takes its sums.
+    template <class RowOf, class Take>
+    void run(Channels out, RowOf row_of, Take take) const {
+        for (int o = 0; o < out.count;) {
+            const int rows = next_rows(out.count - o);
+            const float* row[max_rows];
+            for (int r = 0; r < rows; ++r) row[r] = row_of(out.index[o + r]);
+            for (int p = 0; p * panel < values; ++p) {
+                const int columns = values - p * panel > lanes ? 2 : 1;
+                sum_tiles[rows - 1][columns - 1](pairs, row, weight_step, value + p * panel_step, value_step, steps,
+                                                 sums + p * panel, sum_row);
+            }
+            for (int r = 0; r < rows; ++r) take(out.index[o + r], sums + std::ptrdiff_t{r} * steps * sum_row);
+            o += rows;
+        }
     }
-}
+};

@@ -54,17 +54,10 @@ public:
             const std::ptrdiff_t panel_step = std::ptrdiff_t{in.count} * panel;
             const std::ptrdiff_t place_step = panel_step * panels_of(block.last - block.first);
             transform_inputs(call, block, values, place_step, sums + std::ptrdiff_t{max_rows} * places * sum_row);
-            for (int o = 0; o < out.count;) {
-                const int rows = next_rows(out.count - o);
-                const float* weight[max_rows];
-                for (int r = 0; r < rows; ++r) weight[r] = row(out.index[o + r]);
-                multiply({value, in.index, in.count}, weight, rows, shape_.in_channels, values, place_step, panel_step,
-                         places, sums, sum_row, block.last - block.first);
-                for (int r = 0; r < rows; ++r) {
-                    write_channel(call, out.index[o + r], block, sums + std::ptrdiff_t{r} * places * sum_row);
-                }
-                o += rows;
-            }
+            const Product product{{value, in.index, in.count}, values, place_step, panel_step, shape_.in_channels, places,
+                                  block.last - block.first, sums, sum_row};
+            product.run(out, [&](int o) { return row(o); },
+                        [&](int o, const float* sum) { write_channel(call, o, block, sum); });
         }
     }
 
