@@ -9,11 +9,13 @@ import pytest
 import torch
 
 COVERAGE = pytest.StashKey[dict[str, str]]()
+PARITY = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     config.stash[COVERAGE] = {}
+    config.stash[PARITY] = {}
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +33,17 @@ def report_coverage(request: pytest.FixtureRequest) -> Callable[[str, str], None
     return request.config.stash[COVERAGE].__setitem__
 
 
+@pytest.fixture
+def report_parity(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Tells at the end of the run how near the engine comes to torch on a network."""
+    return request.config.stash[PARITY].__setitem__
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    lines = config.stash[COVERAGE]
-    if lines and config.get_verbosity() >= 0:
-        terminalreporter.section("share of MACs that convert gates")
-        for name, text in lines.items():
-            terminalreporter.write_line(f"{name:36} {text}")
+    titles = {COVERAGE: "share of MACs that convert gates", PARITY: "normalised error of the engine against torch"}
+    for key, title in titles.items():
+        lines = config.stash[key]
+        if lines and config.get_verbosity() >= 0:
+            terminalreporter.section(title)
+            for name, text in lines.items():
+                terminalreporter.write_line(f"{name:36} {text}")

@@ -11,7 +11,7 @@ from thrifty.dynamic import Dynamic
 from thrifty.gates import mean_magnitude
 from thrifty.methods.fbs import FBS, FBSGate
 
-SHARE = 0.3
+SHARE = 0.1
 """Mean size of what phi adds to a saliency, over that of rho. With more, deep networks amplify rounding errors."""
 
 
