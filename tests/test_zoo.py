@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,8 +16,10 @@ from thrifty.data import sources
 from thrifty.data.loader import EvaluationLoader
 from thrifty.errors import CheckpointError, ThriftyError
 from thrifty.files import sha256
+from thrifty.program_file import load_program
 from thrifty.train.recipe import load_recipe, shipped_recipes
 from thrifty.zoo import store
+from thrifty.zoo.compilation import program_of
 from thrifty.zoo.nets import NETS, build
 from thrifty.zoo.records import WEIGHTS
 from thrifty.zoo.resolve import build_net
@@ -66,6 +70,29 @@ def test_a_record_describes_its_weights(record: thrifty.zoo.Record) -> None:
     recipe = load_recipe(record.recipe)
     assert (recipe.epochs, recipe.seed, recipe.model.net) == (record.epochs, record.seed, record.net)
     assert record.total_epochs == record.epochs + sum(load_recipe(name).epochs for name in record.lineage)
+
+
+@pytest.mark.parametrize("record", thrifty.zoo.records(), ids=lambda record: record.name)
+def test_a_program_is_that_of_the_weights(record: thrifty.zoo.Record) -> None:
+    assert sha256(record.program) == record.program_sha256
+    shipped, made = load_program(record.program), program_of(*load_model(record.name))
+    assert (shipped.classes, shipped.preprocessing) == (made.classes, made.preprocessing)
+    assert str(shipped) == str(made)
+    assert sum(shipped.macs().values()) == record.dense_macs
+    for name, tensor in made.tensors.items():
+        np.testing.assert_allclose(shipped.tensors[name], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_load_takes_the_name_of_a_model_and_checks_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert thrifty.load("resnet20-cifar10-fbs").program.gated
+    with pytest.raises(ThriftyError, match="nothing"):
+        thrifty.load("nothing")
+    monkeypatch.setattr(sys.modules["thrifty.zoo.records"], "PROGRAMS", tmp_path)
+    with pytest.raises(CheckpointError, match="no compiled program"):
+        thrifty.load("resnet20-cifar10")
+    (tmp_path / "resnet20-cifar10.thrifty").write_bytes(b"other")
+    with pytest.raises(CheckpointError, match="not the file that its record describes"):
+        thrifty.load("resnet20-cifar10")
 
 
 @pytest.mark.parametrize("record", thrifty.zoo.records(), ids=lambda record: record.name)

@@ -146,10 +146,11 @@ def _print_layers(rows: list[LayerRow]) -> None:
                 number(row.ms),
                 f"{100 * row.ms / total:.1f} %",
                 millions(row.macs) if row.macs else "",
-                millions(row.gate_macs) if row.gate_macs else "",
+                f"{row.gate_ms:.3f}" if row.gate_macs else "",
+                f"{row.gate_macs / 1e3:,.1f} k" if row.gate_macs else "",
                 f"{row.rate:.1f}" if row.macs else "",
             )
             for row in part
         ]
-        columns = ("layer", "kind", "ms", "share", "MACs", "gate MACs", "GMAC/s")
+        columns = ("layer", "kind", "ms", "share", "MACs", "gate ms", "gate MACs", "GMAC/s")
         table(columns, cells, title=describe("thrifty", method, density))
