@@ -31,7 +31,8 @@ void mark_winners(const float* saliency, int count, int k, float* sorted, std::u
 class ConvStep final : public Step {
 public:
     ConvStep(const Program& program, const Plan& plan, std::size_t place, const Kernels& kernels)
-        : Step(program, plan, place, kernels), convolution_(kernels.make_convolution(shape(), op_.weight, op_.bias)) {}
+        : Step(program, plan, place, kernels), convolution_(kernels.make_convolution(shape(), op_.weight, op_.bias)),
+          predictor_(op_.gated ? panels_of(op_.gate_weight, out().shape.channels, in().shape.channels) : Floats()) {}
 
     Needs needs() const override {
         const auto inputs = static_cast<std::size_t>(in().shape.channels);
@@ -74,17 +75,18 @@ private:
     void decide(const Call& call, ConvCall& conv) const {
         const auto start = call.trace ? Clock::now() : Clock::time_point{};
         const int inputs = in().shape.channels, outputs = out().shape.channels;
-        float* const means = call.context.aside.data();
+        const Channels read = active_list(call);
+        float* const means = call.context.aside.data();  // of the channels that are read, one after the other
         float* const saliency = means + inputs;
-        const std::uint8_t* const mask = active(call);
-        const auto pixels = static_cast<float>(in().shape.pixels());
-        call.team.share_range(inputs, pixels / 4, [&](int first, int last, float*) {
-            for (int c = first; c < last; ++c)
-                means[c] = mask && !mask[c] ? 0 : kernels_.simple->sum_magnitude(plane(call, 0, c), extent(in())) / pixels;
+        const Map x = in_map(call);
+        const auto pixels = static_cast<float>(x.pixels());
+        call.team.share_range(read.count, pixels / 4, [&](int first, int last, float*) {
+            for (int i = first; i < last; ++i)
+                means[i] = kernels_.simple->sum_magnitude({x.channel(read.index[i]), x.row}, extent(in())) / pixels;
         });
-        call.team.share_range(outputs, inputs, [&](int first, int last, float*) {
-            kernels_.simple->linear_rows(op_.gate_weight, op_.gate_bias, means, saliency, inputs, first, last);
-        }, linear_block);
+        call.team.share_range(outputs, read.count, [&](int first, int last, float*) {
+            kernels_.simple->linear_panels(predictor_.data(), op_.gate_bias, means, read.index, read.count, saliency, inputs, first, last);
+        }, linear_panel);
         kernels_.simple->activate(saliency, outputs, Activation::relu, 0);
         std::uint8_t* const computed = call.context.computed.data();
         if (call.forced)
@@ -130,6 +132,7 @@ private:
     }
 
     std::unique_ptr<Convolution> convolution_;
+    Floats predictor_;  // by input channel, so that the mean of a channel that is zero need not be multiplied
 };
 
 }  // namespace

@@ -13,7 +13,7 @@ public:
     LinearStep(const Program& program, const Plan& plan, std::size_t place, const Kernels& kernels)
         : Step(program, plan, place, kernels), runs_(in().sparse && in().granule >= long_run),
           panels_(in().sparse && !runs_) {
-        if (panels_) pack();
+        if (panels_) weights_ = panels_of(op_.weight, out().shape.channels, in().shape.channels);
     }
 
     Needs needs() const override {
@@ -68,22 +68,22 @@ private:
         return count;
     }
 
-    void pack() {
-        const int features = in().shape.channels, outputs = out().shape.channels;
-        const int panels = (outputs + linear_panel - 1) / linear_panel;
-        weights_ = Floats(static_cast<std::size_t>(panels) * linear_panel * static_cast<std::size_t>(features));
-        for (int o = 0; o < outputs; ++o) {
-            const float* row = op_.weight + static_cast<std::ptrdiff_t>(o) * features;
-            float* panel = weights_.data() + static_cast<std::ptrdiff_t>(o / linear_panel) * linear_panel * features + o % linear_panel;
-            for (int f = 0; f < features; ++f) panel[static_cast<std::ptrdiff_t>(f) * linear_panel] = row[f];
-        }
-    }
-
     bool runs_, panels_;
     Floats weights_;
 };
 
 }  // namespace
+
+Floats panels_of(const float* weight, int outputs, int features) {
+    const int panels = (outputs + linear_panel - 1) / linear_panel;
+    Floats result(static_cast<std::size_t>(panels) * linear_panel * static_cast<std::size_t>(features));
+    for (int o = 0; o < outputs; ++o) {
+        const float* row = weight + static_cast<std::ptrdiff_t>(o) * features;
+        float* panel = result.data() + static_cast<std::ptrdiff_t>(o / linear_panel) * linear_panel * features + o % linear_panel;
+        for (int f = 0; f < features; ++f) panel[static_cast<std::ptrdiff_t>(f) * linear_panel] = row[f];
+    }
+    return result;
+}
 
 std::unique_ptr<Step> make_linear_step(const Program& program, const Plan& plan, std::size_t place, const Kernels& kernels) {
     return std::make_unique<LinearStep>(program, plan, place, kernels);

@@ -89,6 +89,9 @@ protected:
     std::size_t place_;
 };
 
+// Weights [outputs, features] in the layout that SimpleKernels::linear_panels reads.
+Floats panels_of(const float* weight, int outputs, int features);
+
 std::unique_ptr<Step> make_step(const Program&, const Plan&, std::size_t place, const Kernels&);
 std::unique_ptr<Step> make_conv_step(const Program&, const Plan&, std::size_t place, const Kernels&);
 std::unique_ptr<Step> make_pointwise_step(const Program&, const Plan&, std::size_t place, const Kernels&);
