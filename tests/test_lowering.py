@@ -79,7 +79,7 @@ def check(net: nn.Module, x: Tensor, kinds: str | None = None) -> Program:
 CASES: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "batch norm folds": (lambda m, x: F.relu(m.norm(m.conv(x))), "conv"),
     "a norm before its convolution does not": (lambda m, x: m.conv(F.relu(m.norm(x))), "affine conv"),
-    "a norm with a second reader of its input": (lambda m, x: then(m.conv(x), lambda y: m.norm(y) * y), "conv affine mul"),
+    "a norm beside another reader": (lambda m, x: then(m.conv(x), lambda y: m.norm(y) * y), "conv affine mul"),
     "norm of norm": (lambda m, x: m.norm(m.bn(x)), "affine"),
     "numbers": (lambda m, x: 1 - (2 * x + 1) / 4, "affine"),
     "negation and subtraction": (lambda m, x: -m.conv(x) - x * 3, "affine conv"),

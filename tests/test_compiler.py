@@ -1,0 +1,85 @@
+"""compile: from a torch model to an engine that is checked against it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from random_gates import randomly_gated
+from randomised import randomise
+from small_nets import NETS
+from torch import Tensor, nn
+
+import thrifty
+from thrifty.errors import LoweringError, ThriftyError
+from thrifty.program import Preprocessing
+
+
+class Written(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@torch.no_grad()
+def test_dense_and_dynamic(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 3, 16, 16)
+    dense = randomise(NETS["Residual"](), x)
+    for model in (dense, randomly_gated(dense, x)):
+        model.to(dtype)
+        engine = thrifty.compile(model, x.to(dtype), threads=2)
+        assert engine.threads == 2
+        expected = model(x.to(dtype)).float()
+        answer = engine(x)
+        assert isinstance(answer, Tensor)
+        assert (answer - expected).abs().max() <= 1e-5 * expected.abs().max()
+        model.float()
+
+
+def test_photographs() -> None:
+    model = NETS["Functional"]().eval()
+    x = torch.randn(1, 3, 16, 16)
+    engine = thrifty.compile(model, x, preprocessing=Preprocessing((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)), classes="abcde")
+    assert engine.program.classes == ("a", "b", "c", "d", "e")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    inputs = (pixels / 255 - (0.5, 0.4, 0.3)) / (0.2, 0.3, 0.4)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(inputs).float().permute(0, 3, 1, 2)).numpy()
+    np.testing.assert_allclose(engine(pixels), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_engine_that_differs_from_its_model_is_refused() -> None:
+    calls: list[None] = []
+
+    def changing(x: Tensor) -> Tensor:
+        calls.append(None)
+        return x * len(calls)
+
+    x = torch.randn(1, 3, 16, 16)
+    with pytest.raises(LoweringError, match=r"off by 5.0e-01 of the model's largest output.*check=False"):
+        thrifty.compile(Written(changing), x)
+    engine = thrifty.compile(Written(changing), x, check=False)
+    assert torch.equal(engine(x), 3 * x)
+
+
+def test_models_whose_answer_is_not_finite_are_refused() -> None:
+    with pytest.raises(LoweringError, match="NaN or infinite"):
+        thrifty.compile(Written(lambda x: x * float("inf")), torch.randn(1, 3, 16, 16))
+
+
+def test_a_model_that_answers_zero_can_be_compiled() -> None:
+    engine = thrifty.compile(Written(lambda x: x * 0.0), torch.randn(1, 3, 16, 16))
+    assert not engine(torch.randn(2, 3, 16, 16)).any()
+
+
+def test_errors_of_the_parts_come_through() -> None:
+    with pytest.raises(LoweringError, match="_softmax"):
+        thrifty.compile(nn.Softmax(1), torch.randn(1, 3, 16, 16))
+    with pytest.raises(ThriftyError, match="threads"):
+        thrifty.compile(nn.ReLU(), torch.randn(1, 3, 16, 16), threads=0)
