@@ -120,10 +120,20 @@ struct Sum {
     static float join(float a, float b) { return a + b; }
 };
 
-template <class Join, int stride>
+template <class Join, int stride, bool first>
 inline void join_strided(float* __restrict y, const float* __restrict x, int count, int any_stride) {
     const int s = stride ? stride : any_stride;
-    for (int i = 0; i < count; ++i) y[i] = Join::join(y[i], x[i * s]);
+    for (int i = 0; i < count; ++i) y[i] = first ? x[i * s] : Join::join(y[i], x[i * s]);
+}
+
+template <class Join, bool first>
+inline void join_along(float* y, const float* x, int count, int stride) {
+    switch (stride) {
+        case 1: return join_strided<Join, 1, first>(y, x, count, 1);
+        case 2: return join_strided<Join, 2, first>(y, x, count, 2);
+        case 3: return join_strided<Join, 3, first>(y, x, count, 3);
+        default: return join_strided<Join, 0, first>(y, x, count, stride);
+    }
 }
 
 // One row of output before any division: down the columns into `t` with its padding, then along the row.
@@ -131,25 +141,24 @@ template <class Join>
 inline void pool_row(ConstPlane x, float* __restrict y, const Window& w, int oh, float* __restrict t) {
     const int reach = (w.out.width - 1) * w.stride_width + w.dilation_width * (w.kernel_width - 1) + 1;
     const int columns = reach - w.pad_left < w.in.width ? reach - w.pad_left : w.in.width;
-    for (int i = 0; i < reach; ++i) t[i] = Join::start;
     float* __restrict inner = t + w.pad_left;
+    for (int i = 0; i < w.pad_left; ++i) t[i] = Join::start;
+    for (int i = w.pad_left + columns; i < reach; ++i) t[i] = Join::start;
     const int top = oh * w.stride_height - w.pad_top;
+    bool empty = true;
     for (int k = 0; k < w.kernel_height; ++k) {
         const int ih = top + k * w.dilation_height;
         if (ih < 0 || ih >= w.in.height) continue;
-        const float* __restrict row = x.data + ih * x.row;
-        for (int i = 0; i < columns; ++i) inner[i] = Join::join(inner[i], row[i]);
+        const float* row = x.data + ih * x.row;
+        if (empty) join_along<Join, true>(inner, row, columns, 1);
+        else join_along<Join, false>(inner, row, columns, 1);
+        empty = false;
     }
-    for (int i = 0; i < w.out.width; ++i) y[i] = Join::start;
-    for (int k = 0; k < w.kernel_width; ++k) {
-        const float* from = t + k * w.dilation_width;
-        switch (w.stride_width) {
-            case 1: join_strided<Join, 1>(y, from, w.out.width, 1); break;
-            case 2: join_strided<Join, 2>(y, from, w.out.width, 2); break;
-            case 3: join_strided<Join, 3>(y, from, w.out.width, 3); break;
-            default: join_strided<Join, 0>(y, from, w.out.width, w.stride_width);
-        }
-    }
+    if (empty)
+        for (int i = 0; i < columns; ++i) inner[i] = Join::start;
+    join_along<Join, true>(y, t, w.out.width, w.stride_width);
+    for (int k = 1; k < w.kernel_width; ++k)
+        join_along<Join, false>(y, t + k * w.dilation_width, w.out.width, w.stride_width);
 }
 
 void max_pool(ConstPlane x, Plane y, const Window& w, float* scratch) {
