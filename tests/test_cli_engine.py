@@ -16,6 +16,7 @@ import typer
 import thrifty
 from thrifty.benchmarking.subjects import random_images
 from thrifty.cli.options import Several
+from thrifty.data.files import SAMPLE
 from thrifty.zoo.store import load_model
 
 DENSE, DYNAMIC = "resnet20-cifar10", "resnet20-cifar10-fbs"
@@ -133,6 +134,19 @@ def test_a_compiled_model_runs_without_torch(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(torch.from_numpy(x)).numpy()
     assert np.abs(np.load(logits) - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_predict_of_a_program_agrees_with_the_model(tmp_path: Path) -> None:
+    file, folder = tmp_path / "m.thrifty", str(SAMPLE / "frog")
+    output("compile", DYNAMIC, "-o", str(file))
+    ours = [json.loads(line) for line in output("predict", str(file), folder, "--json", code=NO_TORCH).splitlines()]
+    torchs = [json.loads(line) for line in output("predict", DYNAMIC, folder, "--json").splitlines()]
+    assert [line["picture"] for line in ours] == [line["picture"] for line in torchs]
+    assert [line["macs"] for line in ours] == [line["macs"] for line in torchs]
+    assert [line["class"] for line in ours] == [line["class"] for line in torchs]
+    np.testing.assert_allclose([a["confidence"] for a in ours], [b["confidence"] for b in torchs], atol=1e-3)
+    output("compile", "resnet20", "-o", str(file))
+    assert "what its classes are" in run("predict", str(file), folder).stderr
 
 
 def test_compile_writes_onnx_too(tmp_path: Path) -> None:

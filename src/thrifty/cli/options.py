@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from thrifty.zoo.store import ModelCard
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Predictor = Annotated[
+    str,
+    typer.Argument(help="A zoo model's name (see `thrifty zoo`), a model.safetensors file, or a program FILE.thrifty."),
+]
 Model = Annotated[str, typer.Argument(help="A zoo model's name (see `thrifty zoo`) or a model.safetensors file.")]
 Net = Annotated[
     str | None,

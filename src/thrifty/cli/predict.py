@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thrifty.cli.options import Density, Model, Net, Threads, open_model, set_threads
+from thrifty.cli.options import Density, Net, Predictor, Threads, open_model, set_threads
 from thrifty.cli.show import millions, percent, print_json_line, table
-from thrifty.errors import DataError
+from thrifty.errors import DataError, ProgramError, require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +20,7 @@ BATCH = 64
 
 
 def run(
-    model: Model,
+    model: Predictor,
     pictures: Annotated[list[Path], typer.Argument(help="Picture files, or folders that are searched for them.")],
     net: Net = None,
     density: Density = None,
@@ -29,12 +29,18 @@ def run(
     ] = False,
     threads: Threads = None,
 ) -> None:
-    """Class, confidence and MACs of each picture."""
+    """Class, confidence and MACs of each picture.
+
+    A program that `thrifty compile` has made, FILE.thrifty, runs on the engine and needs Pillow, but not torch.
+    """
     files = _files(pictures)
-    set_threads(threads)
-    opened, card = open_model(model, net, density)
+    if model.endswith(".thrifty"):
+        predictions = _engine_predictions(model, net, density, threads or 1, files)
+    else:
+        set_threads(threads)
+        predictions = _predictions(*open_model(model, net, density), files)
     rows = []
-    for result in _predictions(opened, card, files):
+    for result in predictions:
         if as_json:
             print_json_line(result)
         else:
@@ -61,6 +67,40 @@ def _predictions(model: Any, card: Any, files: list[Path]) -> Iterator[dict[str,
                 "class": card.classes[int(index[i])],
                 "confidence": float(confidence[i]),
                 "macs": int(result.macs.total[i]),
+            }
+
+
+def _engine_predictions(
+    source: str, net: str | None, density: float | None, threads: int, files: list[Path]
+) -> Iterator[dict[str, Any]]:
+    import numpy as np  # noqa: PLC0415 (only this branch needs them)
+
+    from thrifty.engine import load  # noqa: PLC0415
+
+    require("PIL", "reading pictures", "demo")
+    from thrifty.data.files import read_files  # noqa: PLC0415
+
+    engine = load(source, threads)
+    program = engine.program
+    _, height, width = program.buffers[0]
+    if net is not None:
+        raise ProgramError(f"--net was given, but {source} is a program, which has its network in it.")
+    if program.preprocessing is None or not program.classes or not program.flat or height != width:
+        raise ProgramError(f"{source} does not say how photographs become its inputs and what its classes are.")
+    if density is not None:
+        engine.set_density(density)
+    for start in range(0, len(files), BATCH):
+        part = files[start : start + BATCH]
+        trace = engine.trace(read_files(part, height))
+        powers = np.exp(trace.output - trace.output.max(1, keepdims=True))
+        confidence = powers / powers.sum(1, keepdims=True)
+        for path, shares, macs in zip(part, confidence, trace.macs, strict=True):
+            best = int(shares.argmax())
+            yield {
+                "picture": str(path),
+                "class": program.classes[best],
+                "confidence": float(shares[best]),
+                "macs": int(macs),
             }
 
 
