@@ -20,8 +20,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from thrifty.dynamic import evaluating
 from thrifty.errors import LoweringError
 from thrifty.gates import Gate, GatedConv
+from thrifty.lowering.call import Call
 from thrifty.lowering.nodes import Graph
-from thrifty.lowering.rules import RULES, SUPPORTED, Call
+from thrifty.lowering.rules import RULES, SUPPORTED
 from thrifty.lowering.values import IMAGES, Refused, Resolver, Scale, Tracked, Value
 
 OWN = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
