@@ -15,8 +15,8 @@ DATA ?= data/cifar10-jpeg
 
 help:
 	@echo "make demo            classify the photographs that ship with the project, dense and dynamic, without torch"
-	@echo "make test            run the tests"
-	@echo "make check           format, lint, types and tests"
+	@echo "make test            run the tests, but for the largest networks"
+	@echo "make check           format, lint, types and all tests"
 	@echo "make check-native    the engine's tests under the address and undefined-behaviour sanitisers"
 	@echo "make bench           measure the engine beside others, into $(FIGURES)"
 	@echo "make bench-training  measure what training with gates costs, into $(FIGURES)"
@@ -37,7 +37,7 @@ demo: $(DEMO_READY)
 	$(DEMO_VENV)/bin/thrifty demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not large"
 
 check: $(READY)
 	$(BIN)/ruff format --check src tests scripts benchmarks

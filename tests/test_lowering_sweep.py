@@ -34,6 +34,16 @@ TIMM = [
 ]  # fmt: skip
 """Families of many styles; regnetz, gernet, dla60_res2net, repghostnet, cspdarknet, rdnet and others lower as well."""
 
+LARGE = {
+    *(name for name in TORCHVISION_CNNS if name.startswith("vgg") and name not in {"vgg11", "vgg16_bn"}),
+    *(name for name in TORCHVISION_CNNS if name.startswith("efficientnet") and name[-2:] not in {"b0", "b3", "_s"}),
+    *(name for name in TORCHVISION_CNNS if name.startswith("regnet") and name.endswith(("8gf", "16gf", "32gf"))),
+    *(name for name in TORCHVISION_CNNS if name.startswith("densenet") and name != "densenet121"),
+    "convnext_base", "convnext_large", "convnext_small", "resnet101", "resnet152", "resnext101_32x8d",
+    "resnext101_64x4d", "wide_resnet101_2", "wide_resnet50_2",
+}  # fmt: skip
+"""Tested by `make check` only, like every second family of timm: smaller ones of their kind are tested always."""
+
 TIMM_REFUSED = {
     "ecaresnet26t": "is a 1-d convolution",
     "skresnet18": "moved between channels and positions",
@@ -52,17 +62,20 @@ def _one_thread() -> None:
 
 @pytest.mark.parametrize(
     ("library", "name"),
-    [("torchvision", name) for name in TORCHVISION_CNNS] + [("timm", name) for name in TIMM],
+    [pytest.param("torchvision", n, marks=pytest.mark.large if n in LARGE else ()) for n in TORCHVISION_CNNS]
+    + [pytest.param("timm", n, marks=() if n in TIMM[::2] else pytest.mark.large) for n in TIMM],
 )
 def test_network(library: str, name: str, report_parity: Callable[[str, str], None]) -> None:
     """Dense, and gated at density 0.5 with forced decisions: torch's answer, and exactly the MACs that are counted."""
     model = torchvision_net(name) if library == "torchvision" else timm_net(name)
     columns = []
+    dynamic: Dynamic | None = None
     for size in SIZES.get(name, (64, 71)):
         x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(size))
-        randomise(model, x)
+        if dynamic is None:
+            randomise(model, x)
+            dynamic = randomly_gated(model, x)
         dense = parity(model, x)
-        dynamic = randomly_gated(model, x)
         gated = parity(dynamic, x)
         columns.append(f"{size:3} px: dense {dense:.1e}, FBS {gated:.1e}")
         report_parity(f"{library} {name}", "   ".join(columns))
