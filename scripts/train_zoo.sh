@@ -22,4 +22,4 @@ for net in resnet20 mcifarnet; do
         python scripts/release.py "runs/$model" --root "$data"
     done
 done
-python scripts/readme_table.py
+python scripts/readme_tables.py

@@ -39,8 +39,8 @@ public:
     }
 
 private:
-    static constexpr int least_columns = 12;                // of a task, before output channels are split
-    static constexpr int block_columns = 12;                // whose inputs stay in the first cache: a multiple of 2, 3, 4
+    static constexpr int least_columns = 12;  // of a task, before output channels are split
+    static constexpr int block_columns = 12;  // whose inputs stay in the first cache: a multiple of 2, 3, 4
 
     // How output pixels are cut into columns. A 1x1 convolution of maps without halos sees one long row.
     struct Grid {
@@ -72,27 +72,21 @@ private:
             channel[a] = in.index[a] * call.in.plane;
             weight[a] = (in.index[a] - group_start) * shape_.taps();
         }
-        Sources sources{channel, weight, in.count, tap, shape_.taps() / run_};
-        int step = block_columns;
-        if (strided()) step = std::max(1, phase_rows) * grid.per_row;
-        for (int first = columns.first; first < columns.last;) {
-            // A strided block is made of whole rows, so that its phases are split once.
-            const int last = strided() ? std::min(columns.last, (first / step + 1) * step)
-                                       : std::min(columns.last, first + step);
-            Window window;
-            if (strided()) {
-                window = split_phases(call, in, channel, tap, phases, first / grid.per_row,
-                                      (last - 1) / grid.per_row + 1);
-            } else {
-                window = {call.in.data, call.in.row, 0};
-                for (int t = 0; t < shape_.taps(); t += run_) {
-                    const int y = t / shape_.kernel_width * shape_.dilation_height - shape_.pad_top;
-                    const int x = t % shape_.kernel_width * shape_.dilation_width - shape_.pad_left;
-                    tap[t / run_] = y * call.in.row + x;
-                }
+        const Sources sources{channel, weight, in.count, tap, shape_.taps() / run_};
+        if (!strided()) {
+            for (int t = 0; t < shape_.taps(); t += run_) {
+                const int y = t / shape_.kernel_width * shape_.dilation_height - shape_.pad_top;
+                const int x = t % shape_.kernel_width * shape_.dilation_width - shape_.pad_left;
+                tap[t / run_] = y * call.in.row + x;
             }
+            return run_columns(call, grid, sources, {call.in.data, call.in.row, 0}, out, columns);
+        }
+        const int step = phase_rows * grid.per_row;  // whole rows, so that their phases are split once
+        for (int first = columns.first, last; first < columns.last; first = last) {
+            last = std::min(columns.last, (first / step + 1) * step);
+            const Window window = split_phases(call, in, channel, tap, phases, first / grid.per_row,
+                                               (last - 1) / grid.per_row + 1);
             run_columns(call, grid, sources, window, out, {first, last});
-            first = last;
         }
     }
 

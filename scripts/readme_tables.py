@@ -1,0 +1,103 @@
+"""Write the tables of measured results into the README: accuracy from the zoo's records, speed from engine.csv.
+
+Usage: python scripts/readme_tables.py [--check]; with --check nothing is written, and a stale table is an error.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import thrifty
+from thrifty.files import write_text
+from thrifty.zoo import Record
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+SPEED = ROOT / "benchmarks" / "results" / "engine.csv"
+
+
+def accuracy_row(record: Record, beside: Record | None) -> str:
+    """A model's line; the drop is to the dense model of the same network and number of epochs, in points."""
+    drop = "" if record.method is None or beside is None else f"{100 * (beside.accuracy - record.accuracy):+.2f}"
+    low, high = (f"{value / 1e6:.2f}" for value in record.macs_percentiles)
+    macs = f"{record.macs / 1e6:.2f} M" + (f" ({low}–{high})" if low != high else "")
+    share = f"{record.macs / record.dense_macs:.3f}"
+    return f"| `{record.name}` | {100 * record.accuracy:.2f} % | {drop} | {macs} | {share} | {record.total_epochs} |"
+
+
+def accuracy() -> str:
+    """What the zoo's models reach, and what they were measured on."""
+    records = thrifty.zoo.records()
+    dense = {(record.net, record.total_epochs): record for record in records if record.method is None}
+    lines = ["| model | test accuracy | drop | MACs per input | of dense | epochs |", "|---|---|---|---|---|---|"]
+    order = sorted(records, key=lambda r: (r.net, r.method is not None, -r.macs))
+    lines += [accuracy_row(record, dense.get((record.net, record.total_epochs))) for record in order]
+    made = {f"{r.made_with['CPU'].partition(' (')[0]}, torch {r.made_with['torch']}" for r in records}
+    note = (
+        f"Measured by `scripts/release.py` on all {records[0].data['test']:,} test photographs of CIFAR-10 as JPEG of\n"
+        "quality 75, one seed; 'drop' in points, beside the dense model of the same network and as many epochs; MACs\n"
+        f"with the 5th and 95th percentile where they vary. Trained on: {'; '.join(sorted(made))}."
+    )
+    return "\n".join([*lines, "", note, ""])
+
+
+def speed() -> str:
+    """Milliseconds at batch 1, and what they were measured on."""
+    with SPEED.open(newline="", encoding="utf-8") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["batch"] == "1"]
+    densities = sorted({row["density"] for row in rows if row["density"]}, reverse=True)
+    titles = ["network, threads", "fastest other engine, dense", "thrifty, dense", *(f"FBS {d}" for d in densities)]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for model, image, threads in dict.fromkeys((r["model"], r["image"], r["threads"]) for r in rows):
+        part = [r for r in rows if (r["model"], r["image"], r["threads"]) == (model, image, threads)]
+        ours = {r["density"]: r for r in part if r["engine"] == "thrifty"}
+        fastest = next(r for r in part if r["engine"] == ours[""]["fastest"])
+        cells = [
+            f"{model.removeprefix('torchvision:')}, {image} px, {threads}",
+            f"{_ms(fastest)} ({fastest['engine']})",
+        ]
+        cells.append(_ms(ours[""]))
+        cells += [
+            f"{_ms(ours[d])}, {float(ours[d]['speed_up']):.2f}× ({float(ours[d]['efficiency']):.2f})" for d in densities
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    first = rows[0]
+    openvino, torch = first["openvino"].partition("-")[0], first["torch"].partition("+")[0]
+    note = (
+        "Median milliseconds of a photograph at batch 1; in the FBS columns the speed-up over the fastest other\n"
+        "engine and, in brackets, the efficiency: speed-up / (dense MACs / MACs), 1 where time falls exactly as work\n"
+        f"falls. Measured by `make bench` on {first['CPU']}, {first['cores']} cores, {first['instructions']};\n"
+        f"ONNX Runtime {first['onnxruntime']}, OpenVINO {openvino}, torch {torch}; gates with random weights."
+    )
+    return "\n".join([*lines, "", note, ""])
+
+
+def _ms(row: dict[str, str]) -> str:
+    ms = float(row["ms"])
+    return f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:.0f}"
+
+
+def replaced(text: str, name: str, table: Callable[[], str]) -> str:
+    """The text with the part between the marks of this name made anew."""
+    first, last = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, _, rest = text.partition(first)
+    _, _, after = rest.partition(last)
+    return before + first + table() + last + after
+
+
+def main() -> None:
+    """Rewrite the parts of the README between the marks, or check them."""
+    text = README.read_text(encoding="utf-8")
+    new = replaced(replaced(text, "results", accuracy), "speed", speed)
+    if "--check" in sys.argv[1:]:
+        if new != text:
+            raise SystemExit("the README's tables are stale: run python scripts/readme_tables.py")
+        return
+    write_text(README, new)
+
+
+if __name__ == "__main__":
+    main()
