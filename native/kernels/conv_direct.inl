@@ -129,15 +129,16 @@ private:
 
     static constexpr int phase_rows = 4;  // output rows whose phases are split at once
 
-    // Columns of phase (py, px) start at the phase's pixel of the first padded column.
+    int reach_down() const { return (shape_.kernel_height - 1) * shape_.dilation_height; }
+    int reach_right() const { return (shape_.kernel_width - 1) * shape_.dilation_width; }
+
+    // Columns of phase (py, px) start at the phase's pixel of the first padded column; rows are whole vectors.
     int phase_width() const {
-        const int reach = (shape_.kernel_width - 1) * shape_.dilation_width / shape_.stride_width + 1;
-        return round_up(shape_.out_width, lanes) + reach;
+        return static_cast<int>(round_up(shape_.out_width, lanes) +
+                                round_up(reach_right() / shape_.stride_width + 1, lanes));
     }
 
-    int phase_height() const {
-        return phase_rows + (shape_.kernel_height - 1) * shape_.dilation_height / shape_.stride_height;
-    }
+    int phase_height() const { return phase_rows + reach_down() / shape_.stride_height; }
 
     std::ptrdiff_t phase_plane() const { return std::ptrdiff_t{phase_width()} * phase_height(); }
 
@@ -146,38 +147,40 @@ private:
         const int sh = shape_.stride_height, sw = shape_.stride_width;
         const int width = phase_width();
         const std::ptrdiff_t plane = phase_plane();
-        const int count = sh * sw;
         for (int t = 0; t < shape_.taps(); ++t) {
             const int y = t / shape_.kernel_width * shape_.dilation_height;
             const int x = t % shape_.kernel_width * shape_.dilation_width;
             tap[t] = (y % sh * sw + x % sw) * plane + std::ptrdiff_t{y / sh} * width + x / sw;
         }
         for (int a = 0; a < in.count; ++a) {
-            channel[a] = a * count * plane;
-            const float* source = call.in.channel(in.index[a]);
-            for (int py = 0; py < std::min(sh, (shape_.kernel_height - 1) * shape_.dilation_height + 1); ++py) {
-                for (int px = 0; px < std::min(sw, (shape_.kernel_width - 1) * shape_.dilation_width + 1); ++px) {
-                    float* const phase = phases + channel[a] + (py * sw + px) * plane;
-                    const int rows = last_row - first_row +
-                                     ((shape_.kernel_height - 1) * shape_.dilation_height - py) / sh;
-                    for (int y = 0; y < rows; ++y) {
-                        const int from = (first_row + y) * sh + py - shape_.pad_top;
-                        split_row(source + from * call.in.row + px - shape_.pad_left, phase + y * width, px, sw);
-                    }
+            channel[a] = a * sh * sw * plane;
+            const float* source = call.in.channel(in.index[a]) - shape_.pad_top * call.in.row - shape_.pad_left;
+            for (int py = 0; py < std::min(sh, reach_down() + 1); ++py) {
+                float* const phase = phases + channel[a] + py * sw * plane;
+                const int rows = last_row - first_row + (reach_down() - py) / sh;
+                for (int y = 0; y < rows; ++y) {
+                    split_row(source + ((first_row + y) * sh + py) * call.in.row, phase + y * width, plane);
                 }
             }
         }
         return {phases, width, first_row};
     }
 
-    // Takes every stride-th value; as many as any tap of the phase reads.
-    void split_row(const float* __restrict from, float* __restrict to, int px, int stride) const {
-        const int number =
-            shape_.out_width + std::max(0, (shape_.kernel_width - 1) * shape_.dilation_width - px) / stride;
+    // Takes every stride-th value of a row for each phase that a tap reads; phases are `plane` floats apart.
+    void split_row(const float* from, float* to, std::ptrdiff_t plane) const {
+        const int stride = shape_.stride_width;
+        const int number = shape_.out_width + reach_right() / stride;
         if (stride == 2) {
-            for (int x = 0; x < number; ++x) to[x] = from[2 * x];
-        } else {
-            for (int x = 0; x < number; ++x) to[x] = from[stride * x];
+            for (int x = 0; x < number; x += lanes) {
+                const V a = load(from + 2 * x), b = load(from + 2 * x + lanes);
+                store(to + x, evens(a, b));
+                if (reach_right() > 0) store(to + plane + x, odds(a, b));
+            }
+            return;
+        }
+        for (int px = 0; px < std::min(stride, reach_right() + 1); ++px) {
+            const int taken = shape_.out_width + (reach_right() - px) / stride;
+            for (int x = 0; x < taken; ++x) to[px * plane + x] = from[px + stride * x];
         }
     }
 
