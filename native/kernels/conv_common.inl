@@ -43,18 +43,24 @@ inline std::int64_t macs_of(const ConvShape& shape, const ConvCall& call) {
     return pairs * shape.taps() * shape.out_height * shape.out_width;
 }
 
+inline constexpr int tasks_of_thread = 4;  // at most: a thread that the system holds up leaves its tasks to the others
+
 // How many tasks a call is worth.
 inline int tasks_for(std::int64_t macs, int threads) {
-    constexpr std::int64_t smallest = 1 << 19;  // MACs: some ten microseconds
-    return threads == 1 ? 1 : static_cast<int>(std::clamp<std::int64_t>(macs / smallest, 1, 4 * threads));
+    constexpr std::int64_t smallest = 1 << 18;  // MACs: some five microseconds
+    return threads == 1 ? 1 : static_cast<int>(std::clamp<std::int64_t>(macs / smallest, 1, tasks_of_thread * threads));
 }
 
-// The work is a rectangle, columns by output channels. Tasks share the columns; where there are few, channels too.
+// The work is a rectangle, columns by output channels. Tasks share the columns; where there are few, channels too, but
+// no more than it takes to give every thread as much: what is made ready for a column is made by each of its tasks.
 struct Cut {
-    int across, down;
+    int across, down = 1;
 
-    Cut(int columns, int tasks, int least_columns)
-        : across(std::clamp(columns / least_columns, 1, tasks)), down(tasks / across) {}
+    Cut(int columns, int tasks, int least_columns) : across(std::clamp(columns / least_columns, 1, tasks)) {
+        const int threads = std::max(2, (tasks + tasks_of_thread - 1) / tasks_of_thread);
+        const auto even = [&] { return across * down % threads == 0 || across * down >= tasks_of_thread * threads; };
+        while (!even() && across * (down + 1) <= tasks) ++down;
+    }
 
     Range columns(int task, int count) const { return share(count, task % across, across); }
     Range channels(int task, int count) const {
