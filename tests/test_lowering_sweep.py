@@ -22,8 +22,8 @@ from thrifty.macs import MacCount, count_macs
 BOUND = 1e-4
 """Largest error over the largest logit."""
 
-SIZES = {"inception_v3": (75, 96), "inception_v4": (75, 96)}
-"""Sides in px of the photographs, where (64, 71) is too small for a network."""
+SIZES = {"inception_v3": (75, 96), "inception_v4": (75, 96), "dla34": (64, 96)}
+"""Sides in px of the photographs, where (64, 71) does not do."""
 
 TIMM = [
     "seresnet18", "resnetv2_50", "resnet26d", "res2net50_26w_4s", "tf_efficientnet_b0", "mobilenetv3_small_100",
