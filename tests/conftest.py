@@ -43,7 +43,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     titles = {COVERAGE: "share of MACs that convert gates", PARITY: "normalised error of the engine against torch"}
     for key, title in titles.items():
         lines = config.stash[key]
-        if lines and config.get_verbosity() >= 0:
+        if lines and config.get_verbosity() > -2:
             terminalreporter.section(title)
             for name, text in lines.items():
                 terminalreporter.write_line(f"{name:36} {text}")
