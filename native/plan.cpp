@@ -104,9 +104,14 @@ Plan make_plan(const Program& program, const Limits& limits) {
         if (layout.plane % 256 == 0) layout.plane += line;
         sizes[b] = rounded(layout.plane * shape.channels);
     }
+    int64_t lists = 0;  // bytes of lists of channels, that each buffer or operator has of its own
+    for (const Layout& layout : plan.buffers) lists += layout.sparse ? 5 * int64_t{layout.shape.channels} : 0;
+    for (const Operator& op : program.operators)
+        if (op.kind == Kind::concat || op.kind == Kind::gather)
+            lists += 16 * int64_t{program.buffers[static_cast<std::size_t>(op.output)].channels};
     const int64_t total = front + place(lives, sizes, offsets) + static_cast<int64_t>(read_ahead);
-    if (total > limits.memory / 4)
-        throw std::invalid_argument("the activations of one image take " + std::to_string(total * 4) +
+    if (total > (limits.memory - lists) / 4)
+        throw std::invalid_argument("the activations of one image take " + std::to_string(total * 4 + lists) +
                                     " bytes, more than the limit of " + std::to_string(limits.memory) + ".");
     for (std::size_t b = 0; b < count; ++b) {
         Layout& layout = plan.buffers[b];

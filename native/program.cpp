@@ -4,6 +4,7 @@
 #include <cmath>
 #include <initializer_list>
 #include <limits>
+#include <set>
 #include <stdexcept>
 #include <string_view>
 #include <utility>
@@ -351,10 +352,10 @@ private:
         same({out().channels, in().height, in().width}, "its input in height and width");
         const auto* index = static_cast<const std::int32_t*>(
             tensor("index", TensorSource::Type::int32, {out().channels}));
-        op_.index.assign(index, index + out().channels);
+        op_.index = {index, static_cast<std::size_t>(out().channels)};
         for (const int c : op_.index)
-            require(c >= -1 && c < in().channels, "its index " + std::to_string(c) + " is not in [-1, " +
-                    std::to_string(in().channels - 1) + "]");
+            if (c < -1 || c >= in().channels)
+                wrong("its index " + std::to_string(c) + " is not in [-1, " + std::to_string(in().channels - 1) + "]");
     }
 
     void pool() {
@@ -429,7 +430,13 @@ Program validate(const Source& source, const Limits& limits) {
     std::vector<bool> written(program.buffers.size(), false);
     written[0] = true;
     int64_t work = 0;
+    std::set<const void*> seen;
+    int64_t copies = 0;  // of weights that operators share: each operator may keep them in its own order
     for (const auto& op : source.operators) {
+        for (const auto& [role, tensor] : op.tensors)
+            if (!seen.insert(tensor.data).second) copies = sum(copies, product(tensor.shape));
+        if (copies > limits.memory / 4)
+            fail("copies of the weights that operators share take more than the limit of " + std::to_string(limits.memory) + " bytes");
         program.operators.push_back(Reader(op, program.operators.size(), program.buffers).read(written));
         written[static_cast<std::size_t>(op.output)] = true;
         work = sum(work, program.operators.back().work);

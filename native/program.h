@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <map>
+#include <span>
 #include <string>
 #include <variant>
 #include <vector>
@@ -89,7 +90,7 @@ struct Operator {
     const float* shift = nullptr;
     const float* gate_weight = nullptr;
     const float* gate_bias = nullptr;
-    std::vector<int> index;  // -1: a channel of zeros
+    std::span<const std::int32_t> index;  // -1: a channel of zeros
 
     std::int64_t work = 0;  // multiply-accumulates with everything active, or elements that are read; gates included
 };

@@ -19,6 +19,7 @@ class CopyStep final : public Step {
 public:
     CopyStep(const Program& program, const Plan& plan, std::size_t place, const Kernels& kernels)
         : Step(program, plan, place, kernels) {
+        sources_.reserve(static_cast<std::size_t>(out().shape.channels));
         if (op_.kind == Kind::gather)
             for (const int c : op_.index) sources_.push_back({0, c});
         else

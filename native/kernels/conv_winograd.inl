@@ -52,7 +52,7 @@ public:
         for (int first = part.first; first < part.last; first += most) {
             const Range block{first * panel, std::min(std::min(first + most, part.last) * panel, tiles)};
             const std::ptrdiff_t panel_step = std::ptrdiff_t{in.count} * panel;
-            const std::ptrdiff_t place_step = panel_step * panels_of(block.last - block.first);
+            const std::ptrdiff_t place_step = panel_step * panels_of(block.last - block.first) + apart;
             transform_inputs(call, block, values, place_step, sums + std::ptrdiff_t{max_rows} * places * sum_row);
             const Product product{{value, in.index, in.count}, values, place_step, panel_step, shape_.in_channels, places,
                                   block.last - block.first, sums, sum_row};
@@ -65,6 +65,7 @@ private:
     static constexpr int most_panels = 6;                              // of tiles in a block
     static constexpr int values_budget = 96 << 10;                     // floats of transformed inputs in the second cache
     static constexpr int sum_row = most_panels * panel + lanes;        // sums are read past the last tile of a block
+    static constexpr int apart = 16;  // floats between places: a cache line, lest all of them fall into the same set
     static constexpr int line_floats = places * sum_row;               // one channel's transformed inputs, in order
 
     // Blocks are as large as the second cache allows, so that weights are read seldom.
@@ -79,7 +80,7 @@ private:
     std::size_t values_floats() const {
         std::size_t most = 0;  // fewer channels have longer blocks
         for (int inputs = 1; inputs <= shape_.in_channels; ++inputs) {
-            most = std::max(most, std::size_t(places) * inputs * block_of(inputs) * panel);
+            most = std::max(most, std::size_t(places) * (inputs * block_of(inputs) * panel + apart));
         }
         return most;
     }
@@ -107,8 +108,8 @@ private:
     // Calls visit(tile row, first tile in the row, tiles, first tile in the block) for each stretch of `tiles` in a row.
     template <class Visit>
     void each_stretch(Range tiles, Visit visit) const {
-        for (int tile = tiles.first; tile < tiles.last;) {
-            const int y = tile / across_, x = tile % across_;
+        int y = tiles.first / across_, x = tiles.first % across_;
+        for (int tile = tiles.first; tile < tiles.last; ++y, x = 0) {
             const int count = std::min(across_ - x, tiles.last - tile);
             visit(y, x, count, tile - tiles.first);
             tile += count;
@@ -158,8 +159,9 @@ private:
 #pragma GCC unroll 4
                 for (int i = 0; i < 4; ++i) {
                     const float* p = source[i] + 2 * v;
-                    const V a0 = load(p), a1 = load(p + lanes), b0 = load(p + 2), b1 = load(p + 2 + lanes);
-                    const V d0 = evens(a0, a1), d1 = odds(a0, a1), d2 = evens(b0, b1), d3 = odds(b0, b1);
+                    const V low = load(p), high = load(p + lanes);
+                    const V d0 = evens(low, high), d1 = odds(low, high);
+                    const V d2 = shifted(d0, p[2 * lanes]), d3 = shifted(d1, p[2 * lanes + 1]);
                     e[i][0] = d0 - d2;
                     e[i][1] = d1 + d2;
                     e[i][2] = d2 - d1;
