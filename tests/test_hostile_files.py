@@ -45,7 +45,7 @@ SANE = {"memory": 1 << 24, "macs": 10**7}
 """Programs beyond these are only loaded, not run."""
 
 
-# --------------------------------------------------------------------------------------------------- the valid programs
+# ------------------------------------------------------------------------------------------------ the valid programs
 
 
 def gated() -> Program:
@@ -107,7 +107,7 @@ def scalable() -> Program:
 PROGRAMS: tuple[Callable[[], Program], ...] = (gated, varied, scalable)
 
 
-# -------------------------------------------------------------------------------------- files, taken apart to be changed
+# ----------------------------------------------------------------------------------- files, taken apart to be changed
 
 
 class Pairs(list[Any]):
@@ -170,10 +170,10 @@ class File:
 
 
 NUMBERS: tuple[Any, ...] = (
-    0, 1, -1, 2, 3, 4, 5, 7, 8, 16, 255, 256, 1000, 4096, 1 << 14, 1 << 15, 1 << 16, (1 << 24) - 1, 1 << 24, (1 << 24) + 1,
+    0, 1, -1, 2, 3, 4, 5, 7, 8, 16, 255, 256, 1000, 4096, 1 << 14, 1 << 15, 1 << 16, 1 << 24, (1 << 24) + 1,
     (1 << 31) - 1, 1 << 31, -(1 << 31), 1 << 32, 1 << 53, (1 << 62) + 1, (1 << 63) - 1, 1 << 63, -(1 << 63), 1 << 64,
-    10**40, Raw("9" * 400), Raw("9" * 5000), 0.5, -0.0, 1e-300, 1e300, 1.5e308, float("nan"), float("inf"), Raw("1e999"),
-    Raw("-Infinity"),
+    10**40, Raw("9" * 400), Raw("9" * 5000), 0.5, -0.0, 1e-300, 1e300, 1.5e308, float("nan"), float("inf"),
+    Raw("1e999"), Raw("-Infinity"),
 )  # fmt: skip
 
 
@@ -210,7 +210,7 @@ def containers(value: Any, kind: type) -> list[Any]:
     return [part for part in (value, *below) if type(part) is kind and part]
 
 
-# ------------------------------------------------------------------------------------------------------------ mutations
+# --------------------------------------------------------------------------------------------------------- mutations
 
 
 def flip_header_bits(file: File, rng: random.Random) -> bytearray:
@@ -229,7 +229,18 @@ def flip_data_bits(file: File, rng: random.Random) -> bytearray:
 def damage_data(file: File, rng: random.Random) -> bytearray:
     """NaN, infinity, denormals, huge numbers or noise as weights and indices."""
     words = len(file.data) // 4
-    special = (0x7FC00000, 0x7F800000, 0xFF800000, 1, 0x80000001, 0x7F7FFFFF, 0xFF7FFFFF, 0x80000000, 0xFFFFFFFF, 1 << 24)
+    special = (
+        0x7FC00000,
+        0x7F800000,
+        0xFF800000,
+        1,
+        0x80000001,
+        0x7F7FFFFF,
+        0xFF7FFFFF,
+        0x80000000,
+        0xFFFFFFFF,
+        1 << 24,
+    )
     for _ in range(rng.choice((1, 2, words))):
         place = 4 * rng.randrange(words)
         word = rng.choice(special) if rng.random() < 0.7 else rng.getrandbits(32)
@@ -256,7 +267,9 @@ def set_header_length(file: File, rng: random.Random) -> bytearray:
     raw = file.bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     near = length + rng.choice((-8, -1, 1, 8, len(file.data)))
-    far = rng.choice((0, 1, 2, 99_999_999, 100_000_000, (1 << 31) - 1, 1 << 31, 1 << 40, 1 << 62, 1 << 63, (1 << 64) - 1))
+    far = rng.choice(
+        (0, 1, 2, 99_999_999, 100_000_000, (1 << 31) - 1, 1 << 31, 1 << 40, 1 << 62, 1 << 63, (1 << 64) - 1)
+    )
     raw[:8] = struct.pack("<Q", max(0, rng.choice((near, far))))
     return raw
 
@@ -334,7 +347,9 @@ def _restructure(document: Any, rng: random.Random) -> None:
         elif what == 1:
             pairs.append([pair[0], pair[1] if rng.random() < 0.3 else junk(rng)])
         elif what == 2:
-            pair[0] = rng.choice(["", "weight", "kind", "gate", "winners", "__proto__", "x" * 1000, rng.choice(pairs)[0]])
+            pair[0] = rng.choice(
+                ["", "weight", "kind", "gate", "winners", "__proto__", "x" * 1000, rng.choice(pairs)[0]]
+            )
         elif what == 3:
             pairs.append([rng.choice(["extra", "gate_weight", "stride", "dtype", "\ud800", "\0"]), junk(rng)])
         else:
@@ -359,7 +374,9 @@ def redirect(file: File, rng: random.Random) -> bytearray:
     for _ in range(rng.choice((1, 1, 2))):
         i = rng.randrange(len(operators))
         inputs, output = file.value("operators", i, "inputs"), file.value("operators", i, "output")
-        target = rng.choice([output, output + 1, buffers - 1, buffers, -1, 0, rng.randrange(buffers), rng.choice(NUMBERS)])
+        target = rng.choice(
+            [output, output + 1, buffers - 1, buffers, -1, 0, rng.randrange(buffers), rng.choice(NUMBERS)]
+        )
         what = rng.randrange(4)
         if what == 0:
             inputs[rng.randrange(len(inputs))] = target
@@ -385,8 +402,8 @@ def scale(file: File, rng: random.Random) -> bytearray:
 
 MUTATIONS: tuple[Callable[[File, random.Random], bytearray], ...] = (
     flip_header_bits, flip_data_bits, damage_data, truncate, splice, set_header_length, change_tensor_record,
-    change_header, replace_value, replace_value, replace_number, replace_number, replace_number, swap_values, restructure,
-    restructure, redirect, redirect, scale,
+    change_header, replace_value, replace_value, replace_number, replace_number, replace_number, swap_values,
+    restructure, restructure, redirect, redirect, scale,
 )  # fmt: skip
 
 
@@ -398,13 +415,21 @@ def mutant(seed: int) -> tuple[str, bytes]:
     return mutate.__name__, bytes(mutate(file, rng))
 
 
-# ----------------------------------------------------------------------------------- small files that ask for very much
+# -------------------------------------------------------------------------------- small files that ask for very much
 
 
-def _chain(b: Builder, x: int, kind: str, count: int, **tensors: Any) -> int:
+def _chain(b: Builder, x: int, count: int) -> None:
     for _ in range(count):
-        x = b.add(kind, (x,), b.buffers[x])
-    return x
+        x = b.add("activation", (x,), b.buffers[x])
+
+
+def _repeat(b: Builder, count: int) -> None:
+    """The last operator again and again, with the same input and the same tensors."""
+    last = b.operators[-1]
+    for i in range(count):
+        b.buffers.append(b.buffers[last.output])
+        name, output = f"again{i}", len(b.buffers) - 1
+        b.operators.append(Operator(last.kind, name, last.inputs, output, last.attributes, last.tensors))
 
 
 def doubled() -> bytes:
@@ -413,7 +438,7 @@ def doubled() -> bytes:
     x = b.conv(0, 2, winners=1)
     for i in range(22):
         x = b.add("concat", (x, x), (4 << i, 1, 1))
-    _chain(b, x, "activation", 100)
+    _chain(b, x, 100)
     return _file(b)
 
 
@@ -429,33 +454,26 @@ def rejoined() -> bytes:
 
 
 def shared() -> bytes:
-    """Many operators that name the same weights, each of which would keep a copy in its own order."""
-    b = Builder((500, 1, 1))
-    x = b.linear(0, 500)
-    first = b.operators[0]
-    for i in range(2000):
-        b.buffers.append((500, 1, 1))
-        b.operators.append(Operator("linear", f"again{i}", (x,), x + 1, {}, first.tensors))
-        x += 1
+    """Many operators that name the same weights, of which each keeps a copy in its own order."""
+    b = Builder((1, 1, 1))
+    x = b.conv(0, 500, winners=5)
+    b.linear(x, 500)
+    _repeat(b, 2000)
     return _file(b)
 
 
 def chosen() -> bytes:
     """Many operators that name the same index."""
     b = Builder((1, 1, 1))
-    x = b.add("gather", (0,), (1 << 16, 1, 1), index=np.zeros(1 << 16, np.int32))
-    first = b.operators[0]
-    for i in range(5000):
-        b.buffers.append((1 << 16, 1, 1))
-        b.operators.append(Operator("gather", f"again{i}", (0,), x + 1, {}, first.tensors))
-        x += 1
+    b.add("gather", (0,), (1 << 16, 1, 1), index=np.zeros(1 << 16, np.int32))
+    _repeat(b, 5000)
     return _file(b)
 
 
 def nested() -> bytes:
     """A description that takes many times its size once it is read."""
     b = Builder((1, 1, 1))
-    _chain(b, 0, "activation", 1)
+    _chain(b, 0, 1)
     return _file(b, {"a": [[]] * 20_000_000})
 
 
@@ -483,7 +501,7 @@ def _file(b: Builder, method: Any = None) -> bytes:
 BOMBS = (doubled, rejoined, shared, chosen, nested)
 
 
-# ----------------------------------------------------------------------------------------------------- the child process
+# -------------------------------------------------------------------------------------------------- the child process
 
 
 def read(path: Path, always_run: bool = False) -> str:
@@ -549,8 +567,9 @@ def child(arguments: list[str]) -> None:
     for seed, what, made in _made(arguments[1:]):
         print("file", seed, what, flush=True)
         path.write_bytes(made)
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # nobody handles the signals: they end the process
-        signal.setitimer(signal.ITIMER_REAL, 10 * SECONDS)
+        seconds = 1 if what in FAULTS else SECONDS
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # nobody handles the signals: they end the process
+        signal.setitimer(signal.ITIMER_REAL, 10 * seconds)
         try:
             counts[what, read(path, bomb) if what not in FAULTS else FAULTS[what]()] += 1
         except BaseException:
@@ -575,7 +594,7 @@ def in_child(directory: Path, *arguments: str) -> dict[str, Any]:
     return dict(json.loads(report))
 
 
-# ------------------------------------------------------------------------------------------------------------- the tests
+# ---------------------------------------------------------------------------------------------------------- the tests
 
 
 @pytest.fixture
@@ -617,6 +636,33 @@ def test_every_mutation_was_met_and_some_files_ran() -> None:
     assert outcomes["refused"] > FILES // 3
     assert outcomes["ran"] > FILES // 10
     assert outcomes["loaded"] > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("preprocessing", "mean", 0), Raw("9" * 400)),
+        (("preprocessing", "std", 1), Raw("-" + "9" * 400)),
+        (("operators", 0, "attributes", "slope"), Raw("9" * 400)),
+        (("operators", 0, "name"), "\ud800"),
+        (("operators", 1, "name"), "\x1b[2J"),
+        (("operators", 1, "kind"), "\ud800"),
+        (("classes", 0), "\x1b]0;title\x07"),
+    ],
+)
+def test_numbers_beyond_floats_and_text_that_steers_terminals(path: Any, value: Any, directory: Path) -> None:
+    file = File(0)
+    *way, last = path
+    parent = file.value(*way)
+    if isinstance(last, int):
+        parent[last] = value
+    else:
+        parent.append([last, value])  # the last of two counts
+    hostile = directory / "p.thrifty"
+    hostile.write_bytes(file.bytes())
+    with pytest.raises(ThriftyError) as caught:
+        load_program(hostile)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("bomb", [bomb.__name__ for bomb in BOMBS])

@@ -1,4 +1,4 @@
-"""What must hold bit for bit, or nearly so, on whole networks: the shipped dynamic models, on the shipped photographs."""
+"""What must hold on whole networks: the shipped dynamic models, on the shipped photographs."""
 
 from __future__ import annotations
 
@@ -325,7 +325,7 @@ def test_denormal_weights_count_as_zero(name: str) -> None:
 
 @both
 def test_denormal_values_take_no_longer(name: str) -> None:
-    """Each layer's values are its input's times 1e-20: they fade into the denormal range, where zero is what remains."""
+    """Each layer's values are its input's times 1e-20: they fade into the denormal range, where zero remains."""
     program = program_of(name)
     x = photographs(program, 1)
     weights, biases = set(_weights(program)), set(_weights(program, "bias"))

@@ -73,6 +73,9 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
 }
 """Kind -> attributes it may have, tensors it needs, tensors it may have."""
 
+LARGEST = 3e38
+"""Of the numbers in a program; beyond it float32 has infinity only."""
+
 ACTIVATED = frozenset(kind for kind, (attributes, _, _) in KINDS.items() if "activation" in attributes)
 """Kinds whose last step is an activation."""
 
@@ -90,7 +93,7 @@ class Preprocessing:
             if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
                 raise ProgramError(f"preprocessing {name} is {values!r}, but must be one number for each channel.")
             numbers = tuple(values)
-            if not numbers or not all(_is_number(number) and math.isfinite(number) for number in numbers):
+            if not numbers or not all(_is_number(number) and abs(number) <= LARGEST for number in numbers):
                 raise ProgramError(f"preprocessing {name} is {numbers!r}, but must be one number for each channel.")
             object.__setattr__(self, name, tuple(float(number) for number in numbers))
         if len(self.mean) != len(self.std):
@@ -122,8 +125,10 @@ class Operator:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ProgramError(f"{self.name!r} is a {self.kind!r}, but operators are: {', '.join(KINDS)}.")
-        if not isinstance(self.name, str) or not self.name:
-            raise ProgramError(f"an operator's name is {self.name!r}, but must be text that is not empty.")
+        if not isinstance(self.name, str) or not self.name or not self.name.isprintable():
+            raise ProgramError(
+                f"an operator's name is {self.name!r}, but must be text that is not empty and can be printed."
+            )
         object.__setattr__(self, "inputs", _integers(self.inputs, f"{self.name}: inputs"))
         if not _is_integer(self.output):
             raise ProgramError(f"{self.name}: output is {self.output!r}, but must be the number of a buffer.")
@@ -313,8 +318,8 @@ def _check_names(program: Program) -> None:
             if name not in program.tensors:
                 raise ProgramError(f"{operator.name}: its {role}, {name!r}, is not among the tensors.")
     for text in program.classes:
-        if not isinstance(text, str):
-            raise ProgramError(f"names of classes must be text, not {text!r}.")
+        if not isinstance(text, str) or not text.isprintable():
+            raise ProgramError(f"names of classes must be text that can be printed, not {text!r}.")
 
 
 def _check_with_native(program: Program) -> None:

@@ -20,6 +20,8 @@ from thrifty.program import Operator, Preprocessing, Program
 FORMAT = 1
 KEY = "thrifty-program"
 MAX_OPERATORS = 100_000
+MAX_TEXT = 1 << 24
+"""Characters of the description; what JSON makes of them may take fifty times as many bytes."""
 
 
 def save_program(program: Program, path: str | Path) -> None:
@@ -70,14 +72,18 @@ def load_program(path: str | Path) -> Program:
             text = (file.metadata() or {}).get(KEY)
             if text is None:
                 raise ProgramError(f"{path} was not written by thrifty's engine: it holds no program.")
+            if len(text) > MAX_TEXT:
+                raise ProgramError(f"{path} describes a program in {len(text)} characters; {MAX_TEXT} is the most.")
             description = _description(text, path)
             tensors = {name: _read_only(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 (not a dict)
         _check_finite(tensors, path)
         return _program(description, tensors)
     except ProgramError as error:
-        raise ProgramError(error.args[0] if str(path) in str(error) else f"{path} is damaged: {error}") from error
+        message = _shown(str(error))
+        raise ProgramError(message if str(path) in message else f"{path} is damaged: {message}") from error
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ProgramError(f"{path} is not a program file or is damaged: {_reason(error)}. Get it anew.") from error
+        reason = _shown(_reason(error))
+        raise ProgramError(f"{path} is not a program file or is damaged: {reason}. Get it anew.") from error
 
 
 def _description(text: str, path: Path) -> dict[str, Any]:
@@ -134,6 +140,11 @@ def _finite(array: Any) -> bool:
     # A sum is not finite if any part isn't, and takes no memory; where it overflows, each value is looked at.
     with np.errstate(over="ignore", invalid="ignore"):
         return bool(np.isfinite(array.sum(dtype=np.float32))) or bool(np.isfinite(array).all())
+
+
+def _shown(text: str) -> str:
+    """Text of a file, fit to be printed."""
+    return "".join(c if c.isprintable() else "?" for c in text[:1000]) + ("..." if len(text) > 1000 else "")
 
 
 def _reason(error: Exception) -> str:
