@@ -202,6 +202,18 @@ def test_tensors_come_back_as_tensors() -> None:
         (np.zeros((1, 3, 20, 20), ">f4"), "must be float32"),
         ([[1.0]], "list, but must be"),
         (None, "NoneType"),
+        ("photograph.jpg", "str, but must be"),
+        (b"\0" * 4800, "bytes, but must be"),
+        ({"x": 1}, "dict, but must be"),
+        (np.float32(1), "float32, but must be a NumPy array"),
+        (np.array(1, np.float32), r"\[\], but the program takes"),
+        (np.zeros((1, 3, 20, 20), np.complex64), "complex64, but must be"),
+        (np.zeros((1, 3, 20, 20), bool), "bool, but must be"),
+        (np.zeros((1, 3, 20, 20), "U1"), "U1, but must be"),
+        (np.full((1, 3, 20, 20), None), "object, but must be"),
+        (np.zeros((1, 3, 20, 20), [("a", "f4")]), "but must be float32"),
+        (np.zeros((1, 3, 20, 20, 1), np.float32), r"\[1, 3, 20, 20, 1\]"),
+        (np.zeros((0, 3, 20, 21), np.float32), r"\[0, 3, 20, 21\]"),
     ],
 )
 def test_wrong_inputs_are_named(x: Any, message: str) -> None:
@@ -209,6 +221,27 @@ def test_wrong_inputs_are_named(x: Any, message: str) -> None:
     for call in (engine, engine.trace):
         with pytest.raises(ThriftyError, match=message):
             call(x)
+
+
+def test_tensors_that_are_not_in_memory_as_they_are_are_named() -> None:
+    torch = pytest.importorskip("torch")
+    engine = Engine(network())
+    x = torch.zeros(1, 3, 20, 20)
+    for wrong, message in (
+        (x.to("meta"), "on meta"),
+        (x.to_sparse(), "sparse"),
+        (x.half(), "float16"),
+        (x.bfloat16(), "bfloat16"),
+        (x[0], r"\[3, 20, 20\]"),
+    ):
+        with pytest.raises(ThriftyError, match=message):
+            engine(wrong)
+
+
+def test_one_image_may_stand_for_a_batch() -> None:
+    engine = Engine(network())
+    x = images(engine.program, 1)
+    assert engine(np.broadcast_to(x, (5, *x.shape[1:]))).tobytes() == engine(x).tobytes() * 5
 
 
 def test_nan_and_infinity_in_the_input_do_not_break_a_call() -> None:
