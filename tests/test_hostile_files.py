@@ -373,7 +373,7 @@ def redirect(file: File, rng: random.Random) -> bytearray:
     operators, buffers = file.value("operators"), len(file.value("buffers"))
     for _ in range(rng.choice((1, 1, 2))):
         i = rng.randrange(len(operators))
-        inputs, output = file.value("operators", i, "inputs"), file.value("operators", i, "output")
+        inputs, output = file.value("operators", i, "inputs"), i + 1
         target = rng.choice(
             [output, output + 1, buffers - 1, buffers, -1, 0, rng.randrange(buffers), rng.choice(NUMBERS)]
         )
