@@ -14,12 +14,10 @@ train() {
     fi
 }
 
-for net in resnet20 mcifarnet; do
-    for stage in -base "" -fbs; do
-        train "$net-cifar10$stage"
-    done
-    for model in "$net-cifar10" "$net-cifar10-fbs"; do
-        python scripts/release.py "runs/$model" --root "$data"
-    done
+for recipe in resnet20-cifar10{-base,,-fbs} mcifarnet-cifar10{-base,-start,,-fbs}; do
+    train "$recipe"
+done
+for model in {resnet20,mcifarnet}-cifar10{,-fbs}; do
+    python scripts/release.py "runs/$model" --root "$data"
 done
 python scripts/readme_tables.py
