@@ -18,6 +18,7 @@ from thrifty.benchmarking.diagnosis import Diagnosis, LayerCost, diagnose
 from thrifty.benchmarking.peers import OnnxRuntime, OpenVino, Ours, Runner, Torch
 from thrifty.benchmarking.subjects import Subject, find_subject, random_images, randomise_gates, without_gates
 from thrifty.benchmarking.timing import Timing, interleave
+from thrifty.decision import Decision
 from thrifty.engine import Engine
 from thrifty.errors import ThriftyError
 from thrifty.lowering import lower
@@ -192,8 +193,11 @@ def test_a_program_without_its_gates_is_the_dense_network(subject: Subject) -> N
     assert dense.macs() == subject.dynamic.macs() == subject.dense.macs()
     assert not [name for name in dense.tensors if "gate" in name]
     x = random_images(2, subject.shape)
-    everything = {name: np.ones((2, subject.dynamic.buffers[subject.dynamic.operators[i].output][0]), bool)
-                  for name, i in subject.dynamic.gated.items()}  # fmt: skip
+    channels = {
+        name: subject.dynamic.buffers[subject.dynamic.operators[i].output][0]
+        for name, i in subject.dynamic.gated.items()
+    }
+    everything = {name: Decision(channels=np.ones((2, count), bool)) for name, count in channels.items()}
     run = run_reference(subject.dynamic, x, everything)
     assert all((run.macs[name] == macs).all() for name, macs in dense.macs().items())
     assert run_reference(dense, x).output.shape == run.output.shape
