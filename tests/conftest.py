@@ -20,11 +20,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> Iterator[None]:
-    """Every test starts from the same random state and leaves the number of threads as it was."""
+    """Every test starts from the same random state, and leaves threads as they were and denormals as they are."""
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)  # commands and other engines set it for good
 
 
 @pytest.fixture

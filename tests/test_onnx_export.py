@@ -10,10 +10,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from random_gates import randomly_gated
+from randomised import randomise
 
-import thrifty
 from thrifty import onnx_export
-from thrifty.benchmarking.subjects import random_images, randomise_gates
+from thrifty.benchmarking.subjects import random_images
 from thrifty.errors import ProgramError
 from thrifty.lowering import lower
 from thrifty.onnx_export import save_onnx, to_onnx
@@ -224,8 +225,7 @@ def test_networks_answer_as_in_torch(name: str, size: int) -> None:
 
 def test_a_dynamic_network_answers_as_in_torch() -> None:
     x = torch.from_numpy(random_images(8, (3, 32, 32)))
-    model = thrifty.convert(build_net("resnet20").eval(), thrifty.FBS(density=0.5), x)
-    randomise_gates(model, x)
+    model = randomly_gated(randomise(build_net("resnet20"), x), x)
     with torch.no_grad():
         expected = model.eval()(x).numpy()
         model.set_density(1.0)
