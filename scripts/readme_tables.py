@@ -49,7 +49,12 @@ def speed() -> str:
     with SPEED.open(newline="", encoding="utf-8") as stream:
         rows = [row for row in csv.DictReader(stream) if row["batch"] == "1"]
     densities = sorted({row["density"] for row in rows if row["density"]}, reverse=True)
-    titles = ["network, threads", "fastest other engine, dense", "thrifty, dense", *(f"FBS {d}" for d in densities)]
+    titles = [
+        "network, threads",
+        "fastest other engine, dense, ms",
+        "thrifty, dense, ms",
+        *(f"FBS {d}, ms" for d in densities),
+    ]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for model, image, threads in dict.fromkeys((r["model"], r["image"], r["threads"]) for r in rows):
         part = [r for r in rows if (r["model"], r["image"], r["threads"]) == (model, image, threads)]
