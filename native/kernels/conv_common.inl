@@ -21,6 +21,64 @@ inline std::size_t round_up(std::size_t value, std::size_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
 }
 
+// Floats of scratch that `count` values of T take, in whole cache lines.
+template <class T>
+std::size_t floats_of(std::size_t count) {
+    return round_up(count * sizeof(T) / sizeof(float), 16);
+}
+
+// Calls visit(row, column, count, place in the range) for each stretch of `range` that lies in one row, where values
+// are numbered row after row.
+template <class Visit>
+void each_stretch(Range range, int width, Visit visit) {
+    int y = range.first / width, x = range.first % width;
+    for (int at = range.first; at < range.last; ++y, x = 0) {
+        const int count = std::min(width - x, range.last - at);
+        visit(y, x, count, at - range.first);
+        at += count;
+    }
+}
+
+template <int NUMBER>
+struct Number {
+    static constexpr int value = NUMBER;
+};
+
+// Calls use(Number<n>) for 1 <= n <= MOST.
+template <int MOST, class Use>
+void with_number(int n, Use use) {
+    if constexpr (MOST > 1) {
+        if (n < MOST) return with_number<MOST - 1>(n, use);
+    }
+    use(Number<MOST>{});
+}
+
+// A row of the input without its stride: every stride-th value for each phase that a tap reads, so that the values
+// under a tap are neighbours. Phases are `plane` floats apart and take whole vectors, phase_row() floats, of memory.
+inline int reach_right(const ConvShape& s) { return (s.kernel_width - 1) * s.dilation_width; }
+inline int reach_down(const ConvShape& s) { return (s.kernel_height - 1) * s.dilation_height; }
+
+inline int phase_row(const ConvShape& s) {
+    return static_cast<int>(round_up(s.out_width, lanes) + round_up(reach_right(s) / s.stride_width + 1, lanes));
+}
+
+inline void split_row(const ConvShape& s, const float* from, float* to, std::ptrdiff_t plane) {
+    const int stride = s.stride_width, reach = reach_right(s);
+    if (stride == 2) {
+        const int number = s.out_width + reach / stride;
+        for (int x = 0; x < number; x += lanes) {
+            const V a = load(from + 2 * x), b = load(from + 2 * x + lanes);
+            store(to + x, evens(a, b));
+            if (reach > 0) store(to + plane + x, odds(a, b));
+        }
+        return;
+    }
+    for (int px = 0; px < std::min(stride, reach + 1); ++px) {
+        const int number = s.out_width + (reach - px) / stride;
+        for (int x = 0; x < number; ++x) to[px * plane + x] = from[px + stride * x];
+    }
+}
+
 // Calls visit(active inputs, active outputs) for each group that has outputs to compute.
 template <class Visit>
 void each_group(const ConvShape& shape, const ConvCall& call, Visit visit) {

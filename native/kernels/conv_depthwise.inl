@@ -8,14 +8,14 @@ public:
         : shape_(shape), weight_(weight), bias_(bias) {}
 
     std::size_t scratch() const override {
-        return round_up(shape_.taps() * sizeof(std::ptrdiff_t) / sizeof(float), 16) + phase_floats();
+        return floats_of<std::ptrdiff_t>(shape_.taps()) + phase_floats();
     }
 
     int tasks(const ConvCall& call, int threads) const override {
         if (threads == 1) return 1;
         const std::int64_t pixels = std::int64_t{shape_.out_height} * shape_.out_width * call.active_out.count;
         return static_cast<int>(std::clamp<std::int64_t>(pixels / smallest_task, 1,
-                                                         std::min(4 * threads, std::max(call.active_out.count, 1))));
+                                                         std::min(tasks_of_thread * threads, std::max(call.active_out.count, 1))));
     }
 
     std::int64_t macs(const ConvCall& call) const override { return macs_of(shape_, call); }
@@ -39,35 +39,30 @@ private:
 
     bool strided() const { return shape_.stride_width > 1; }
 
-    // A row of the input, split so that the values under a tap are neighbours: phases of `stride_width`, for each of
-    // the kernel's rows of the map.
-    int phase_width() const {
-        return static_cast<int>(round_up(shape_.out_width, at_once * lanes)) +
-               (shape_.kernel_width - 1) * shape_.dilation_width / shape_.stride_width + 1;
-    }
-
     int padded_rows() const {
-        return (shape_.out_height - 1) * shape_.stride_height + (shape_.kernel_height - 1) * shape_.dilation_height + 1;
+        return (shape_.out_height - 1) * shape_.stride_height + reach_down(shape_) + 1;
     }
 
     std::size_t phase_floats() const {
-        return strided() ? std::size_t(padded_rows()) * shape_.stride_width * phase_width() + lanes : 0;
+        return strided() ? std::size_t(padded_rows()) * shape_.stride_width * phase_row(shape_) + lanes : 0;
     }
 
     void run_channel(const ConvCall& call, int o, bool active, float* scratch) const {
         auto* const tap = reinterpret_cast<std::ptrdiff_t*>(scratch);
-        float* const phases = scratch + round_up(shape_.taps() * sizeof(std::ptrdiff_t) / sizeof(float), 16);
+        float* const phases = scratch + floats_of<std::ptrdiff_t>(shape_.taps());
         const float* source = call.in.channel(o / shape_.out_per_group()) - shape_.pad_top * call.in.row - shape_.pad_left;
         std::ptrdiff_t row = call.in.row;
         if (strided() && active) {
-            split(source, call.in.row, phases);
+            row = std::ptrdiff_t{phase_row(shape_)} * shape_.stride_width;
+            for (int y = 0; y < padded_rows(); ++y) {
+                split_row(shape_, source + y * call.in.row, phases + y * row, phase_row(shape_));
+            }
             source = phases;
-            row = std::ptrdiff_t{phase_width()} * shape_.stride_width;
         }
         for (int t = 0; t < shape_.taps(); ++t) {
             const int y = t / shape_.kernel_width * shape_.dilation_height;
             const int x = t % shape_.kernel_width * shape_.dilation_width;
-            tap[t] = strided() ? y * row + x % shape_.stride_width * phase_width() + x / shape_.stride_width : y * row + x;
+            tap[t] = strided() ? y * row + x % shape_.stride_width * phase_row(shape_) + x / shape_.stride_width : y * row + x;
         }
         const Finish finish(call, o, bias_, shape_);
         const float* const weight = weight_ + std::ptrdiff_t{o} * shape_.taps();
@@ -76,12 +71,9 @@ private:
             const float* const line = source + y * shape_.stride_height * row;
             for (int x = 0; x < shape_.out_width; x += at_once * lanes) {
                 const int vectors = std::min(at_once, (shape_.out_width - x + lanes - 1) / lanes);
-                switch (vectors) {
-                    case 1: run_vectors<1>(call, finish, line, tap, weight, taps, y, x); break;
-                    case 2: run_vectors<2>(call, finish, line, tap, weight, taps, y, x); break;
-                    case 3: run_vectors<3>(call, finish, line, tap, weight, taps, y, x); break;
-                    default: run_vectors<4>(call, finish, line, tap, weight, taps, y, x);
-                }
+                with_number<at_once>(vectors, [&](auto n) {
+                    run_vectors<n.value>(call, finish, line, tap, weight, taps, y, x);
+                });
             }
         }
     }
@@ -100,23 +92,6 @@ private:
             const int at = x + v * lanes;
             finish.write(sum[v], y * call.out.row + at, y * call.residual.row + at,
                          std::min(lanes, shape_.out_width - at));
-        }
-    }
-
-    void split(const float* source, std::ptrdiff_t row, float* phases) const {
-        const int stride = shape_.stride_width, width = phase_width();
-        const int reach = (shape_.kernel_width - 1) * shape_.dilation_width;
-        for (int y = 0; y < padded_rows(); ++y) {
-            for (int p = 0; p < std::min(stride, reach + 1); ++p) {
-                const float* __restrict from = source + y * row + p;
-                float* __restrict to = phases + (std::ptrdiff_t{y} * stride + p) * width;
-                const int number = shape_.out_width + (reach - p) / stride;
-                if (stride == 2) {
-                    for (int x = 0; x < number; ++x) to[x] = from[2 * x];
-                } else {
-                    for (int x = 0; x < number; ++x) to[x] = from[stride * x];
-                }
-            }
         }
     }
 

@@ -129,23 +129,14 @@ private:
 
     static constexpr int phase_rows = 4;  // output rows whose phases are split at once
 
-    int reach_down() const { return (shape_.kernel_height - 1) * shape_.dilation_height; }
-    int reach_right() const { return (shape_.kernel_width - 1) * shape_.dilation_width; }
+    int phase_height() const { return phase_rows + reach_down(shape_) / shape_.stride_height; }
 
-    // Columns of phase (py, px) start at the phase's pixel of the first padded column; rows are whole vectors.
-    int phase_width() const {
-        return static_cast<int>(round_up(shape_.out_width, lanes) +
-                                round_up(reach_right() / shape_.stride_width + 1, lanes));
-    }
-
-    int phase_height() const { return phase_rows + reach_down() / shape_.stride_height; }
-
-    std::ptrdiff_t phase_plane() const { return std::ptrdiff_t{phase_width()} * phase_height(); }
+    std::ptrdiff_t phase_plane() const { return std::ptrdiff_t{phase_row(shape_)} * phase_height(); }
 
     Window split_phases(const ConvCall& call, Channels in, std::ptrdiff_t* channel, std::ptrdiff_t* tap, float* phases,
                         int first_row, int last_row) const {
         const int sh = shape_.stride_height, sw = shape_.stride_width;
-        const int width = phase_width();
+        const int width = phase_row(shape_);
         const std::ptrdiff_t plane = phase_plane();
         for (int t = 0; t < shape_.taps(); ++t) {
             const int y = t / shape_.kernel_width * shape_.dilation_height;
@@ -155,41 +146,21 @@ private:
         for (int a = 0; a < in.count; ++a) {
             channel[a] = a * sh * sw * plane;
             const float* source = call.in.channel(in.index[a]) - shape_.pad_top * call.in.row - shape_.pad_left;
-            for (int py = 0; py < std::min(sh, reach_down() + 1); ++py) {
+            for (int py = 0; py < std::min(sh, reach_down(shape_) + 1); ++py) {
                 float* const phase = phases + channel[a] + py * sw * plane;
-                const int rows = last_row - first_row + (reach_down() - py) / sh;
+                const int rows = last_row - first_row + (reach_down(shape_) - py) / sh;
                 for (int y = 0; y < rows; ++y) {
-                    split_row(source + ((first_row + y) * sh + py) * call.in.row, phase + y * width, plane);
+                    split_row(shape_, source + ((first_row + y) * sh + py) * call.in.row, phase + y * width, plane);
                 }
             }
         }
         return {phases, width, first_row};
     }
 
-    // Takes every stride-th value of a row for each phase that a tap reads; phases are `plane` floats apart.
-    void split_row(const float* from, float* to, std::ptrdiff_t plane) const {
-        const int stride = shape_.stride_width;
-        const int number = shape_.out_width + reach_right() / stride;
-        if (stride == 2) {
-            for (int x = 0; x < number; x += lanes) {
-                const V a = load(from + 2 * x), b = load(from + 2 * x + lanes);
-                store(to + x, evens(a, b));
-                if (reach_right() > 0) store(to + plane + x, odds(a, b));
-            }
-            return;
-        }
-        for (int px = 0; px < std::min(stride, reach_right() + 1); ++px) {
-            const int taken = shape_.out_width + (reach_right() - px) / stride;
-            for (int x = 0; x < taken; ++x) to[px * plane + x] = from[px + stride * x];
-        }
-    }
-
     std::size_t channel_floats() const {
         return round_up(shape_.in_per_group() * (sizeof(std::ptrdiff_t) + sizeof(int)) / sizeof(float), 16);
     }
-    std::size_t tap_floats() const {
-        return round_up(shape_.taps() * sizeof(std::ptrdiff_t) / sizeof(float), 16);
-    }
+    std::size_t tap_floats() const { return floats_of<std::ptrdiff_t>(shape_.taps()); }
     std::size_t phase_floats() const {
         return round_up(shape_.in_per_group() * shape_.stride_height * shape_.stride_width * phase_plane() + lanes, 16);
     }

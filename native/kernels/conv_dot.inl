@@ -11,7 +11,7 @@ public:
         : shape_(shape), weight_(weight), bias_(bias) {}
 
     std::size_t scratch() const override {
-        return round_up(std::size_t(shape_.in_per_group()) * 2, 16) + std::size_t(most_pixels) * value_row();
+        return floats_of<Range>(shape_.in_per_group()) + std::size_t(most_pixels) * value_row();
     }
 
     int tasks(const ConvCall& call, int threads) const override {
@@ -23,7 +23,7 @@ public:
 
     void run(const ConvCall& call, int task, int tasks, float* scratch) const override {
         auto* const stretches = reinterpret_cast<Range*>(scratch);
-        float* const values = scratch + round_up(std::size_t(shape_.in_per_group()) * 2, 16);
+        float* const values = scratch + floats_of<Range>(shape_.in_per_group());
         each_group(shape_, call, [&](Channels in, Channels out) {
             const Range mine = share(out.count, task, tasks);
             if (mine.empty()) return;
@@ -51,20 +51,6 @@ private:
         int value_row;
         const int* out;
     };
-
-    template <int NUMBER>
-    struct Number {
-        static constexpr int value = NUMBER;
-    };
-
-    // Calls use(Number<n>) for 1 <= n <= MOST.
-    template <int MOST, class Use>
-    static void with_number(int n, Use use) {
-        if constexpr (MOST > 1) {
-            if (n < MOST) return with_number<MOST - 1>(n, use);
-        }
-        use(Number<MOST>{});
-    }
 
     int row_weights() const { return shape_.in_per_group() * shape_.taps(); }
     int value_row() const { return static_cast<int>(round_up(row_weights(), lanes)) + lanes; }

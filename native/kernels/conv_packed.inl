@@ -45,8 +45,8 @@ private:
     static int block_of(int pairs) { return std::clamp(values_budget / (panel * std::max(pairs, 1)), 1, most_panels); }
 
     int most_pairs() const { return shape_.in_per_group() * shape_.taps(); }
-    std::size_t place_floats() const { return round_up(most_pairs() * sizeof(std::ptrdiff_t) / sizeof(float), 16); }
-    std::size_t weight_floats() const { return round_up(most_pairs(), 16); }
+    std::size_t place_floats() const { return floats_of<std::ptrdiff_t>(most_pairs()); }
+    std::size_t weight_floats() const { return floats_of<int>(most_pairs()); }
 
     void run_block(const ConvCall& call, Channels in, Channels out, Range pixels, float* scratch) const {
         auto* const place = reinterpret_cast<std::ptrdiff_t*>(scratch);
@@ -90,7 +90,7 @@ private:
 
     void pack_panel(const ConvCall& call, Range pixels, const float* tap, float* to) const {
         const std::ptrdiff_t row = call.in.row * shape_.stride_height;
-        each_row(pixels, [&](int y, int x, int number, int at) {
+        each_stretch(pixels, shape_.out_width, [&](int y, int x, int number, int at) {
             const float* const from = tap + y * row + x * shape_.stride_width;
             if (number == panel && shape_.stride_width == 1) {
                 for (int c = 0; c < panel_columns; ++c) store(to + c * lanes, load(from + c * lanes));
@@ -102,23 +102,12 @@ private:
 
     void write_channel(const ConvCall& call, int o, Range pixels, const float* sums) const {
         const Finish finish(call, o, bias_, shape_);
-        each_row(pixels, [&](int y, int x, int number, int at) {
+        each_stretch(pixels, shape_.out_width, [&](int y, int x, int number, int at) {
             for (int v = 0; v < number; v += lanes) {
                 finish.write(load(sums + at + v), y * call.out.row + x + v, y * call.residual.row + x + v,
                              std::min(lanes, number - v));
             }
         });
-    }
-
-    // Calls visit(y, x, number, place in the block) for each stretch of the pixels in a row.
-    template <class Visit>
-    void each_row(Range pixels, Visit visit) const {
-        for (int pixel = pixels.first; pixel < pixels.last;) {
-            const int y = pixel / shape_.out_width, x = pixel % shape_.out_width;
-            const int number = std::min(shape_.out_width - x, pixels.last - pixel);
-            visit(y, x, number, pixel - pixels.first);
-            pixel += number;
-        }
     }
 
     ConvShape shape_;

@@ -49,11 +49,11 @@ public:
         float* const sums = values + values_floats();
         for (int a = 0; a < in.count; ++a) value[a] = std::ptrdiff_t{a} * panel;
         const int most = block_of(in.count);
+        const std::ptrdiff_t panel_step = std::ptrdiff_t{in.count} * panel;
         for (int first = part.first; first < part.last; first += most) {
             const Range block{first * panel, std::min(std::min(first + most, part.last) * panel, tiles)};
-            const std::ptrdiff_t panel_step = std::ptrdiff_t{in.count} * panel;
             const std::ptrdiff_t place_step = panel_step * panels_of(block.last - block.first) + apart;
-            transform_inputs(call, block, values, place_step, sums + std::ptrdiff_t{max_rows} * places * sum_row);
+            transform_inputs(call, block, values, panel_step, place_step, sums + std::ptrdiff_t{max_rows} * places * sum_row);
             const Product product{{value, in.index, in.count}, values, place_step, panel_step, shape_.in_channels, places,
                                   block.last - block.first, sums, sum_row};
             product.run(out, [&](int o) { return row(o); },
@@ -73,9 +73,7 @@ private:
         return std::clamp(values_budget / (places * panel * std::max(inputs, 1)), 1, most_panels);
     }
 
-    std::size_t index_floats() const {
-        return round_up(std::size_t(shape_.in_channels) * sizeof(std::ptrdiff_t) / sizeof(float), 16);
-    }
+    std::size_t index_floats() const { return floats_of<std::ptrdiff_t>(shape_.in_channels); }
 
     std::size_t values_floats() const {
         std::size_t most = 0;  // fewer channels have longer blocks
@@ -105,22 +103,10 @@ private:
         }
     }
 
-    // Calls visit(tile row, first tile in the row, tiles, first tile in the block) for each stretch of `tiles` in a row.
-    template <class Visit>
-    void each_stretch(Range tiles, Visit visit) const {
-        int y = tiles.first / across_, x = tiles.first % across_;
-        for (int tile = tiles.first; tile < tiles.last; ++y, x = 0) {
-            const int count = std::min(across_ - x, tiles.last - tile);
-            visit(y, x, count, tile - tiles.first);
-            tile += count;
-        }
-    }
-
     // B^T d B of every tile, into panels. Values past the map that tiles at its edge read reach only outputs past it.
-    void transform_inputs(const ConvCall& call, Range tiles, float* values, std::ptrdiff_t place_step,
-                          float* line) const {
+    void transform_inputs(const ConvCall& call, Range tiles, float* values, std::ptrdiff_t panel_step,
+                          std::ptrdiff_t place_step, float* line) const {
         const int number = tiles.last - tiles.first;
-        const std::ptrdiff_t panel_step = std::ptrdiff_t{call.active_in.count} * panel;
         for (int a = 0; a < call.active_in.count; ++a) {
             const float* const from = call.in.channel(call.active_in.index[a]);
             float* const to = values + std::ptrdiff_t{a} * panel;
@@ -149,7 +135,7 @@ private:
     template <class TargetOf>
     void transform_channel(std::ptrdiff_t row, const float* from, Range tiles, TargetOf target) const {
         const int last_row = shape_.out_height + 1;  // of the padded input
-        each_stretch(tiles, [&](int y, int x, int count, int at) {
+        each_stretch(tiles, across_, [&](int y, int x, int count, int at) {
             const float* source[4];
             for (int i = 0; i < 4; ++i) {
                 source[i] = from + (std::min(2 * y + i, last_row) - shape_.pad_top) * row + 2 * x - shape_.pad_left;
@@ -182,7 +168,7 @@ private:
     // A^T m A of every tile of a channel, and what follows the convolution.
     void write_channel(const ConvCall& call, int o, Range tiles, const float* sums) const {
         const Finish finish(call, o, bias_, shape_);
-        each_stretch(tiles, [&](int y, int x, int count, int at) {
+        each_stretch(tiles, across_, [&](int y, int x, int count, int at) {
             for (int v = 0; v < count; v += lanes) {
                 V top[4], bottom[4];
 #pragma GCC unroll 4
