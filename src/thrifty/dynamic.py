@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from thrifty.decision import Decision
 from thrifty.errors import ThriftyError
@@ -55,13 +56,19 @@ def decisions(model: nn.Module, x: Tensor) -> dict[str, Decision]:
         return hook
 
     handles = [gate.register_forward_hook(note(name)) for name, gate in model.gates().items()]
-    with evaluating(model):
-        try:
-            model(x)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with evaluating(model), hooked(handles):
+        model(x)
     return found
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that were registered for the block alone: they are removed after it, whatever happens in it."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from thrifty.dynamic import evaluating
+from thrifty.dynamic import evaluating, hooked
 from thrifty.errors import ConversionError
 from thrifty.gates import GatedConv
 
@@ -309,12 +309,8 @@ def _measure(model: nn.Module, example: Tensor) -> dict[str, tuple[torch.Size, i
 
     convs = [(name, module) for name, module in model.named_modules() if isinstance(module, _ConvNd)]
     handles = [module.register_forward_hook(note(name)) for name, module in convs]
-    try:
-        with evaluating(model):
-            model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), evaluating(model):
+        model(example)
     return found
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from thrifty.dynamic import evaluating
+from thrifty.dynamic import evaluating, hooked
 from thrifty.errors import ThriftyError
 from thrifty.gates import Gate, GatedConv
 
@@ -95,12 +95,8 @@ def _count_batch(model: nn.Module, x: Tensor) -> MacCount:
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(counter.entering(name), prepend=True))
         handles.append(module.register_forward_hook(counter.leaving(name), always_call=True))
-    try:
-        with evaluating(model), counter:
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), evaluating(model), counter:
+        model(x)
     total = torch.zeros(len(x), dtype=torch.int64)
     for part in (*counter.layers.values(), *counter.gates.values()):
         total = total + part

@@ -151,7 +151,7 @@ def randomise_gates(model: Dynamic, x: Any, seed: int = 0) -> None:
     """
     import torch  # noqa: PLC0415 (programs need no torch)
 
-    from thrifty.dynamic import evaluating  # noqa: PLC0415
+    from thrifty.dynamic import evaluating, hooked  # noqa: PLC0415
     from thrifty.gates import mean_magnitude  # noqa: PLC0415
 
     generator = torch.Generator().manual_seed(seed)
@@ -169,17 +169,12 @@ def randomise_gates(model: Dynamic, x: Any, seed: int = 0) -> None:
         gate.predictor.weight.copy_(weight)
         gate.predictor.bias.copy_(1 - weight @ mean)
 
-    handles = []
-    for name, gate in model.gates().items():
+    gates = model.gates()
+    for name, gate in gates.items():
         if not hasattr(gate, "predictor"):
             raise ThriftyError(f"the gate of {name}, a {type(gate).__name__}, has no predictor to randomise.")
-        handles.append(gate.register_forward_pre_hook(fit))
-    with evaluating(model):
-        try:
-            model(x)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with evaluating(model), hooked([gate.register_forward_pre_hook(fit) for gate in gates.values()]):
+        model(x)
 
 
 def _of_program(source: str, image: int | None) -> Subject:

@@ -16,33 +16,26 @@ from thrifty.lowering.values import IMAGES, Refused, Value, wrapped
 
 def max_pool(call: Call) -> Any:
     """Maximum over windows."""
-    kernel = pair(call.arguments["kernel_size"])
-    vertical, horizontal = pair(call.get("padding", 0))
-    node = call.graph.add(
-        "max_pool",
-        [_pooled_map(call)],
-        _first_output(call).shape[1:],
-        kernel=kernel,
-        stride=pair(call.arguments.get("stride") or kernel),
-        padding=(vertical, vertical, horizontal, horizontal),
-        dilation=pair(call.get("dilation", 1)),
-    )
-    return _with_indices(call, node)
+    return _windows(call, "max_pool", dilation=pair(call.get("dilation", 1)))
 
 
 def avg_pool(call: Call) -> Any:
     """Mean over windows."""
+    padding = int(call.get("count_include_pad", True))
+    return _windows(call, "avg_pool", count_include_pad=padding, divisor=int(call.get("divisor_override", 0)))
+
+
+def _windows(call: Call, kind: str, **attributes: Any) -> Any:
     kernel = pair(call.arguments["kernel_size"])
     vertical, horizontal = pair(call.get("padding", 0))
     node = call.graph.add(
-        "avg_pool",
+        kind,
         [_pooled_map(call)],
         _first_output(call).shape[1:],
         kernel=kernel,
         stride=pair(call.arguments.get("stride") or kernel),
         padding=(vertical, vertical, horizontal, horizontal),
-        count_include_pad=int(call.get("count_include_pad", True)),
-        divisor=int(call.get("divisor_override", 0)),
+        **attributes,
     )
     return _with_indices(call, node)
 

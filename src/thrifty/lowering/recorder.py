@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from thrifty.dynamic import evaluating
+from thrifty.dynamic import evaluating, hooked
 from thrifty.errors import LoweringError
 from thrifty.gates import Gate, GatedConv
 from thrifty.lowering.call import Call
@@ -49,12 +49,8 @@ def record(model: nn.Module, example: Tensor) -> tuple[Graph, Value]:
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(recorder.entering(name), prepend=True))
         handles.append(module.register_forward_hook(recorder.leaving, always_call=True))
-    try:
-        with evaluating(model), recorder:
-            output = model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), evaluating(model), recorder:
+        output = model(x)
     if not isinstance(output, Tensor):
         raise LoweringError(
             f"{type(model).__name__} returns a {type(output).__name__}, but programs return one tensor. "

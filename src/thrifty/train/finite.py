@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from thrifty.dynamic import hooked
+
 
 def non_finite_tensor(model: nn.Module) -> str | None:
     """Name of the first parameter or buffer of `model` that holds NaN or infinity, or None."""
@@ -31,12 +33,8 @@ def first_non_finite(model: nn.Module, x: Tensor) -> str:
         return hook
 
     handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.no_grad():
+        model(x)
     if not x.isfinite().all():
         return "the input has it already"
     if weight is not None:
