@@ -17,9 +17,10 @@ from small_nets import NETS, SIZE
 from torch import Tensor, nn
 
 from thrifty.converter import convert
+from thrifty.density import kept
 from thrifty.dynamic import Dynamic, decisions
 from thrifty.errors import ThriftyError
-from thrifty.gates import GatedConv, kept
+from thrifty.gates import GatedConv
 from thrifty.methods.fbs import FBS, FBSGate
 
 Array = NDArray[np.float64]

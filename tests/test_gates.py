@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from thrifty.density import check_density, kept
 from thrifty.errors import LoweringError, ThriftyError
-from thrifty.gates import Gate, GatedConv, LoweredGate, check_density, kept, mean_magnitude, top_k_mask
+from thrifty.gates import ChannelGate, Gate, GatedConv, LoweredGate, mean_magnitude, top_k_mask
 
 FEW_VALUES = st.sampled_from([0.0, -0.0, 0.5, 1.0, -1.0])
 
@@ -54,7 +55,7 @@ def test_mean_magnitude() -> None:
     assert mean_magnitude(x).tolist() == [[2.0, 1.0]]
 
 
-class Alternating(Gate):
+class Alternating(ChannelGate):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         decision = (torch.arange(self.channels) % 2 == 0).expand(len(x), -1)
         return 3.0 * decision, decision
@@ -86,4 +87,4 @@ def test_gated_conv_shows_its_convolution() -> None:
 
 def test_a_gate_must_define_itself() -> None:
     with pytest.raises(TypeError, match=r"forward.*overhead"):
-        Gate(3)
+        Gate()

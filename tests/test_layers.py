@@ -16,7 +16,8 @@ ROOT = Path(thrifty.__file__).parent
 LEVELS = (
     {"errors"},
     {"density"},
-    {"files", "decision", "conversion", "gates", "machine", "program"},
+    {"files", "decision", "conversion", "machine", "program"},
+    {"gates"},
     {"dynamic", "program_file", "reference", "onnx_export", "zoo.records"},
     {"macs", "graph", "methods.base", "zoo.programs"},
     {"engine"},
@@ -25,6 +26,7 @@ LEVELS = (
     {"converter", "evaluation", "lowering.nodes"},
     {"lowering.values", "lowering.fusion"},
     {"lowering.call"},
+    {"lowering.gating"},
     {"lowering.pointwise"},
     {"lowering.pooling", "lowering.weighted", "lowering.moving"},
     {"lowering.rules"},

@@ -19,7 +19,7 @@ import thrifty
 from thrifty.decision import Decision
 from thrifty.dynamic import decisions
 from thrifty.errors import LoweringError
-from thrifty.gates import Gate, LoweredGate
+from thrifty.gates import ChannelGate, LoweredGate
 from thrifty.lowering import lower
 from thrifty.macs import count_macs
 from thrifty.methods.fbs import FBSGate
@@ -271,7 +271,7 @@ def test_wrong_arguments(model: Any, example: Any, message: str) -> None:
 
 
 def test_a_gate_without_a_lowered_form_is_named() -> None:
-    class Fixed(Gate):
+    class Fixed(ChannelGate):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             decision = torch.ones(len(x), self.channels, dtype=torch.bool)
             return decision.float(), decision

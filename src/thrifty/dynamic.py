@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from thrifty.decision import Decision
 from thrifty.errors import ThriftyError
-from thrifty.gates import Gate
+from thrifty.gates import Gate, gates_of
 
 if TYPE_CHECKING:
     from thrifty.conversion import Conversion
@@ -26,8 +26,8 @@ class Dynamic(nn.Module):
     method: MethodConfig
 
     def gates(self) -> dict[str, Gate]:
-        """The model's gates by the name of the convolution that each belongs to."""
-        return {name.removesuffix(".gate"): gate for name, gate in self.named_modules() if isinstance(gate, Gate)}
+        """The model's gates by the name of what each belongs to: a convolution, or a block for a layer gate."""
+        return gates_of(self)
 
     def regularization(self) -> Tensor:
         """The method's loss term for the latest forward pass in training mode, a scalar; add it to your loss."""
@@ -44,14 +44,14 @@ class Dynamic(nn.Module):
 
 
 def decisions(model: nn.Module, x: Tensor) -> dict[str, Decision]:
-    """Decisions of every gate for inputs x [N, C, H, W], in evaluation mode, by name of the gated layer."""
+    """Decisions of every gate for inputs x [N, C, H, W], in evaluation mode, by name of the gated layer or block."""
     if not isinstance(model, Dynamic):
         raise ThriftyError(f"{type(model).__name__} is a dense model and decides nothing. Convert it first.")
     found: dict[str, Decision] = {}
 
     def note(name: str) -> Any:
-        def hook(_gate: nn.Module, _inputs: object, output: tuple[Tensor, Tensor]) -> None:
-            found[name] = Decision(channels=output[1])
+        def hook(gate: Gate, _inputs: object, output: tuple[Any, ...]) -> None:
+            found[name] = gate.decision(output)
 
         return hook
 

@@ -1,27 +1,17 @@
-"""Pure functions of gates, and the two modules that every channel-gating method is made of."""
+"""Pure functions of gates, and the modules that every method is made of."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from thrifty.density import check_density, kept
-
-__all__ = [
-    "CONV_ATTRIBUTES",
-    "Gate",
-    "GatedConv",
-    "LoweredGate",
-    "Pair",
-    "check_density",
-    "kept",
-    "mean_magnitude",
-    "top_k_mask",
-]
+from thrifty.decision import Decision
+from thrifty.errors import ThriftyError
 
 Pair = tuple[Tensor, Tensor]
 
@@ -59,28 +49,24 @@ class LoweredGate:
     """
 
     kind: str
-    attributes: dict[str, int]
+    attributes: dict[str, int | float]
     tensors: dict[str, Tensor]
 
 
 class Gate(nn.Module, ABC):
-    """Decides per input which of `channels` output channels are computed, and by how much each is scaled.
-
-    `forward` takes the map that the gated convolution reads, [N, C_in, H, W], and returns the scale [N, channels],
-    zero where a channel is skipped, and the decision, bool [N, channels].
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.channels = channels
+    """Decides per input, from the map [N, C, H, W] that `forward` takes, what is computed."""
 
     @abstractmethod
-    def forward(self, x: Tensor) -> Pair:
-        """Scale and decision for a map x [N, C_in, H, W]."""
+    def forward(self, x: Tensor) -> tuple[Any, ...]:
+        """What the module that holds the gate needs, the decision included."""
+
+    @abstractmethod
+    def decision(self, output: tuple[Any, ...]) -> Decision:
+        """The decision in what `forward` returned."""
 
     @abstractmethod
     def overhead(self, shape: torch.Size) -> int:
-        """MACs that deciding costs per input, for a map of `shape` [N, C_in, H, W]."""
+        """MACs that deciding costs per input, for a map of `shape` [N, C, H, W]."""
 
     @abstractmethod
     def lower(self) -> LoweredGate:
@@ -91,17 +77,79 @@ class Gate(nn.Module, ABC):
         """
 
 
+class ChannelGate(Gate):
+    """Decides which of `channels` output channels of a convolution are computed, and by how much each is scaled.
+
+    `forward` takes the map that the convolution reads and returns the scale [N, channels], zero where a channel is
+    skipped, and the decision, bool [N, channels].
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def decision(self, output: tuple[Any, ...]) -> Decision:
+        """Channels that are computed, [N, channels]."""
+        return Decision(channels=output[1])
+
+
+class InputGate(Gate):
+    """Decides which channels and columns of the map that a convolution reads are used.
+
+    `forward` returns the map with zeros elsewhere, and the decisions: channels, bool [N, C], and columns,
+    bool [N, H, W], either of them None where it does not decide on that axis.
+    """
+
+    def decision(self, output: tuple[Any, ...]) -> Decision:
+        """Channels and columns that are read."""
+        return Decision(channels=output[1], columns=output[2])
+
+
+class LayerGate(Gate):
+    """Decides whether a block's layers are executed at all.
+
+    `forward` takes the block's input and returns the scale of what the layers make, [N], zero where they are skipped,
+    and the decision, bool [N].
+
+    Attributes:
+        block: the block's name in the model.
+        members: names of the layers that run for the block's sake alone.
+    """
+
+    def __init__(self, block: str, members: Iterable[str]) -> None:
+        super().__init__()
+        self.block = block
+        self.members = tuple(members)
+
+    def decision(self, output: tuple[Any, ...]) -> Decision:
+        """Whether the layers run, [N]."""
+        return Decision(layer=output[1])
+
+
 CONV_ATTRIBUTES = {"weight", "bias", *nn.Conv2d.__constants__} - {"training"}
 """What a model's forward may read from a convolution that it also calls."""
 
 
-class GatedConv(nn.Module):
+class Wrapper(nn.Module):
+    """A module that stands in the place of another and holds it under the name `INNER`; reports call both alike."""
+
+    INNER: ClassVar[str]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in CONV_ATTRIBUTES:
+            return getattr(super().__getattr__(self.INNER), name)
+        return super().__getattr__(name)
+
+
+class GatedConv(Wrapper):
     """A convolution, its batch normalisation if it has one, and the gate that scales their output channels.
 
     The gate multiplies after normalisation, so that a skipped channel is exactly zero for whatever reads it.
     """
 
-    def __init__(self, conv: nn.Module, norm: nn.Module | None, gate: Gate) -> None:
+    INNER = "conv"
+
+    def __init__(self, conv: nn.Module, norm: nn.Module | None, gate: ChannelGate) -> None:
         super().__init__()
         self.conv = conv
         self.norm = norm
@@ -114,5 +162,88 @@ class GatedConv(nn.Module):
             y = self.norm(y)
         return y * scale[:, :, None, None]
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.conv, name) if name in CONV_ATTRIBUTES else super().__getattr__(name)
+
+class MaskedConv(Wrapper):
+    """A convolution and the gate that prunes the map which it reads."""
+
+    INNER = "conv"
+
+    def __init__(self, conv: nn.Module, gate: InputGate) -> None:
+        super().__init__()
+        self.conv = conv
+        self.gate = gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept, _, _ = self.gate(x)
+        return self.conv(kept)
+
+
+class Link:
+    """What the entry of a block tells its exit within one forward pass."""
+
+    def __init__(self) -> None:
+        self.scale: Tensor | None = None
+
+    def take(self) -> Tensor:
+        """The scale [N] that the entry left; it is gone then."""
+        scale, self.scale = self.scale, None
+        if scale is None:
+            raise ThriftyError("a block's last layer ran before its first one: its layer gate has decided nothing.")
+        return scale
+
+
+class LayerEntry(Wrapper):
+    """The first module of a residual branch, and the gate that decides whether the branch runs."""
+
+    INNER = "module"
+
+    def __init__(self, module: nn.Module, gate: LayerGate, link: Link) -> None:
+        super().__init__()
+        self.module = module
+        self.gate = gate
+        self.link = link
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.link.scale, _ = self.gate(x)
+        return self.module(x)
+
+
+class LayerExit(Wrapper):
+    """The last module of a residual branch, whose output the layer gate scales."""
+
+    INNER = "module"
+
+    def __init__(self, module: nn.Module, link: Link) -> None:
+        super().__init__()
+        self.module = module
+        self.link = link
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.module(x)
+        return y * self.link.take().reshape(-1, *[1] * (y.ndim - 1))
+
+
+def layer_names(model: nn.Module) -> dict[str, str]:
+    """For the path of each module the name under which reports know it: a wrapper's own for what it wraps."""
+    names = {"": ""}
+    modules = dict(model.named_modules())
+    for path in modules:
+        parent, _, child = path.rpartition(".")
+        holder = modules.get(parent)
+        if path and isinstance(holder, Wrapper) and child == holder.INNER:
+            names[path] = names[parent]
+        elif path:
+            names[path] = f"{names[parent]}.{child}" if names[parent] else child
+    return names
+
+
+def gates_of(model: nn.Module) -> dict[str, Gate]:
+    """A model's gates by the name of what each belongs to: a convolution, or a block for a layer gate."""
+    names = layer_names(model)
+    found: dict[str, Gate] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LayerGate):
+            found[module.block] = module
+        elif isinstance(module, Gate):
+            found[names[path.rpartition(".")[0]]] = module
+    return found

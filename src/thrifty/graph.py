@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from thrifty.dynamic import evaluating, hooked
 from thrifty.errors import ConversionError
-from thrifty.gates import GatedConv
+from thrifty.gates import Wrapper
 
 PLAIN_NORMS = ("BatchNorm2d", "SyncBatchNorm", "FrozenBatchNorm2d", "InstanceNorm2d")
 """Per-channel normalisations that do nothing else. Compared by name: FrozenBatchNorm2d is torchvision's."""
@@ -97,7 +97,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         """Whether the module becomes one node of the graph."""
-        if isinstance(module, (_ConvNd, _BatchNorm, GatedConv)) or name in self.opaque:
+        if isinstance(module, (_ConvNd, _BatchNorm, Wrapper)) or name in self.opaque:
             return True
         return type(module).__name__ in PLAIN_NORMS + NORMS_WITH_ACTIVATION or super().is_leaf_module(module, name)
 

@@ -3,7 +3,9 @@
 The model runs once, under a mode that sees every tensor operation. Beside each tensor goes its activity: which of its
 values a gate left in place (None where all are). Operations that move values move the activity with them, sums unite
 it, products intersect it, and a convolution costs, for each input and group, taps x positions x active inputs x
-computed outputs. An operation that mixes values and is not in the table is warned about and makes everything active.
+computed outputs. Where a gate prunes the positions that a convolution reads, the products of taps with kept positions
+count instead of taps x positions, and layers that a layer gate skips cost nothing. An operation that mixes values and
+is not in the table is warned about and makes everything active.
 
 How it counts, and where that differs from other counters, is told in the README under 'How MACs are counted'.
 """
@@ -16,13 +18,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from thrifty.decision import Decision
 from thrifty.dynamic import evaluating, hooked
 from thrifty.errors import ThriftyError
-from thrifty.gates import Gate, GatedConv
+from thrifty.gates import Gate, GatedConv, InputGate, LayerExit, LayerGate, MaskedConv, layer_names
 
 aten = torch.ops.aten
 
@@ -34,7 +38,7 @@ class MacCount:
     Attributes:
         total: int64 [N], of all layers and gates.
         layers: int64 [N] for each convolution and linear layer, by name, in the order of execution.
-        gates: int64 [N] for each gate, by name of the layer that it gates.
+        gates: int64 [N] for each gate, by name of the layer or block that it gates.
     """
 
     total: Tensor
@@ -92,11 +96,13 @@ def _joined(counts: list[MacCount], part: str) -> dict[str, Tensor]:
 def _count_batch(model: nn.Module, x: Tensor) -> MacCount:
     counter = _Counter(len(x))
     handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(counter.entering(name), prepend=True))
-        handles.append(module.register_forward_hook(counter.leaving(name), always_call=True))
+    names = layer_names(model)
+    for path, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(counter.entering(names[path]), prepend=True))
+        handles.append(module.register_forward_hook(counter.leaving, always_call=True))
     with hooked(handles), evaluating(model), counter:
         model(x)
+    counter.skip_layers()
     total = torch.zeros(len(x), dtype=torch.int64)
     for part in (*counter.layers.values(), *counter.gates.values()):
         total = total + part
@@ -109,7 +115,7 @@ class _Frame:
 
     name: str
     module: nn.Module
-    decision: Tensor | None = None
+    decision: Decision | None = None
 
 
 @dataclass
@@ -122,8 +128,20 @@ class _Call:
     output: Any
     activity: Callable[[Any], Tensor | None]
     count: int
-    decision: Tensor | None
+    holder: _Frame | None
     macs: Tensor | None = field(default=None)
+
+    @property
+    def computed(self) -> Tensor | None:
+        """Output channels that a gate lets the convolution compute, bool [N, C]; None: all."""
+        if self.holder is None or self.holder.decision is None or not isinstance(self.holder.module, GatedConv):
+            return None
+        return self.holder.decision.channels
+
+    @property
+    def by_columns(self) -> bool:
+        """Whether a gate decides which positions the convolution reads."""
+        return self.holder is not None and self.holder.decision is not None and self.holder.decision.columns is not None
 
 
 class _Counter(TorchDispatchMode):
@@ -132,6 +150,7 @@ class _Counter(TorchDispatchMode):
         self.count = count
         self.layers: dict[str, Tensor] = {}
         self.gates: dict[str, Tensor] = {}
+        self.blocks: list[tuple[LayerGate, Tensor]] = []
         self.active = WeakTensorKeyDictionary()
         self.frames: list[_Frame] = []
         self.warned: set[str] = set()
@@ -142,27 +161,50 @@ class _Counter(TorchDispatchMode):
 
         return hook
 
-    def leaving(self, name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            frame = self.frames.pop()
-            if isinstance(module, Gate) and output is not None:
-                winners = output[1]
-                gated = name.removesuffix(".gate")
-                costs = torch.full((len(inputs[0]),), module.overhead(inputs[0].shape), dtype=torch.int64)
-                cost = _per_input(costs, self.count)
-                self.gates[gated] = self.gates.get(gated, 0) + cost
-                self.frames[-1].decision = winners
-            elif isinstance(module, GatedConv) and output is not None and frame.decision is not None:
-                self.active[output] = _at_every_position(frame.decision, output)
+    def leaving(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        frame = self.frames.pop()
+        if output is None:
+            return
+        if isinstance(module, Gate):
+            self._decided(module, inputs[0], output)
+        elif isinstance(module, GatedConv) and frame.decision is not None:
+            self.active[output] = _at_every_position(frame.decision.channels, output)
+        elif isinstance(module, LayerExit):
+            runs = self.blocks[-1][1].to(output.device).reshape(-1, *[1] * (output.ndim - 1))
+            active = self.active.get(output)
+            self.active[output] = runs.expand(output.shape) if active is None else active & runs
 
-        return hook
+    def _decided(self, gate: Gate, x: Tensor, output: tuple[Any, ...]) -> None:
+        """Note what a gate decided in the module that holds it, what that cost, and what it left of the map."""
+        holder = self.frames[-1]
+        holder.decision = decision = gate.decision(output)
+        name = gate.block if isinstance(gate, LayerGate) else holder.name
+        cost = _per_input(torch.full((len(x),), gate.overhead(x.shape), dtype=torch.int64), self.count)
+        self.gates[name] = self.gates.get(name, 0) + cost
+        if isinstance(gate, LayerGate):
+            self.blocks.append((gate, decision.layer))
+        elif isinstance(gate, InputGate):
+            masks = [] if decision.channels is None else [_at_every_position(decision.channels, x)]
+            masks += [] if decision.columns is None else [decision.columns[:, None].expand(x.shape)]
+            active = self.active.get(x)
+            for mask in masks:
+                active = mask if active is None else active & mask
+            if active is not None:
+                self.active[output[0]] = active
+
+    def skip_layers(self) -> None:
+        """Take away what layers would have cost that a layer gate skipped."""
+        for gate, runs in self.blocks:
+            for part in (self.layers, self.gates):
+                for name in set(gate.members) & set(part):
+                    part[name] = part[name] * runs.cpu()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         if any(isinstance(frame.module, Gate) for frame in self.frames):
             return output
-        decision = next((f.decision for f in reversed(self.frames) if isinstance(f.module, GatedConv)), None)
-        call = _Call(func, args, kwargs or {}, output, self._activity, self.count, decision)
+        holder = next((f for f in reversed(self.frames) if isinstance(f.module, (GatedConv, MaskedConv))), None)
+        call = _Call(func, args, kwargs or {}, output, self._activity, self.count, holder)
         rule = _RULES.get(func.overloadpacket)
         if rule is None:
             self._warn(func)
@@ -171,8 +213,7 @@ class _Counter(TorchDispatchMode):
         if func._schema.is_mutable and rule is not _same:
             self._forget_views(output)
         if call.macs is not None:
-            name = self.frames[-1].name if self.frames else ""
-            name = name.removesuffix(".conv") if decision is not None else name
+            name = self._layer()
             self.layers[name] = self.layers.get(name, 0) + call.macs.cpu()
         if isinstance(output, Tensor):
             if activity is not None:
@@ -183,6 +224,9 @@ class _Counter(TorchDispatchMode):
             for part, part_activity in zip(output, activity, strict=True):
                 self.active[part] = part_activity
         return output
+
+    def _layer(self) -> str:
+        return self.frames[-1].name if self.frames else ""
 
     def _forget_views(self, changed: Any) -> None:
         """What shares its storage with a tensor that was written to has an activity that is no longer known."""
@@ -213,10 +257,19 @@ def _convolution(call: _Call) -> None:
     transposed, groups = call.args[6], call.args[8]
     y = call.output
     positions = x[0, 0].numel() if transposed else y[0, 0].numel()
-    taps = weight[0, 0].numel()
     inputs = _per_group(_channels(call.activity(x)), len(x), x.shape[1], groups)
-    outputs = _per_group(call.decision, len(x), y.shape[1], groups)
-    call.macs = _per_input(taps * positions * (inputs * outputs).sum(1), call.count)
+    outputs = _per_group(call.computed, len(x), y.shape[1], groups)
+    products: Any = weight[0, 0].numel() * positions
+    active = call.activity(x)
+    if call.by_columns and active is not None:
+        products = _products(active.any(1), weight, *call.args[3:6])
+    call.macs = _per_input(products * (inputs * outputs).sum(1), call.count)
+
+
+def _products(columns: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    """Pairs of a tap and an output position that read a kept position of the map, int64 [N] from bool [N, H, W]."""
+    kept, taps = columns[:, None].double(), torch.ones_like(weight[:1, :1], dtype=torch.float64)
+    return F.conv2d(kept, taps, None, stride, padding, dilation).sum((1, 2, 3)).round().long().cpu()
 
 
 def _per_group(channels: Tensor | None, count: int, total: int, groups: int) -> Tensor:

@@ -99,6 +99,7 @@ def _program(
             number[node],
             {key: value for key, value in node.attributes.items() if (key, value) != ("activation", "none")},
             {role: weights.add(f"{names[node]}.{role}", tensor) for role, tensor in node.tensors.items()},
+            **({} if node.guard is None else {"guard": number[node.guard]}),
         )
         for node in nodes[1:]
     ]
@@ -132,7 +133,7 @@ class _Weights:
         return name
 
 
-LAYERS = frozenset({"conv", "linear", "layer_norm"})
+LAYERS = frozenset({"conv", "linear", "layer_norm", "layer_gate"})
 
 
 def _names(nodes: list[Node]) -> dict[Node, str]:

@@ -21,7 +21,9 @@ GATE_ROLES = ("gate_weight", "gate_bias")
 def fuse(graph: Graph, output: Node) -> tuple[list[Node], Node]:
     """The nodes in the order of execution, without those that nobody needs, and the one that is returned."""
     nodes = _needed(graph.nodes, output)
+    _guard_layers(nodes, output)
     _fold_padding(nodes, output)
+    _fold_pruning(_needed(nodes, output))
     fusion = _Fusion(_needed(nodes, output), output)
     nodes = fusion.run()
     return nodes, fusion.now(output)
@@ -33,7 +35,7 @@ def _needed(nodes: list[Node], output: Node) -> list[Node]:
         node = pending.pop()
         if node not in needed:
             needed.add(node)
-            pending.extend(node.inputs)
+            pending.extend(node.inputs if node.guard is None else [*node.inputs, node.guard])
     return [node for node in nodes if node in needed or node.kind == "input"]
 
 
@@ -47,12 +49,52 @@ def _readers(nodes: list[Node], output: Node) -> dict[Node, int]:
     return count
 
 
-def _fold_padding(nodes: list[Node], output: Node) -> None:
-    """Padding becomes that of the convolutions or maximum pools which are all that read it."""
+def _readers_of(nodes: list[Node]) -> dict[Node, list[Node]]:
     readers: dict[Node, list[Node]] = {node: [] for node in nodes}
     for node in nodes:
         for read in node.inputs:
             readers[read].append(node)
+    return readers
+
+
+def _guard_layers(nodes: list[Node], output: Node) -> None:
+    """What is computed for the sake of a product with a layer gate alone is guarded by that gate."""
+    readers = _readers_of(nodes)
+    for gate in nodes:
+        if gate.kind != "layer_gate":
+            continue
+        products = readers[gate]
+        if len(products) != 1 or products[0].kind != "mul" or products[0] is output:
+            raise LoweringError(f"the layer gate of {gate.scope} ({gate.place}) does not scale one operand of a sum.")
+        inside = {products[0]}
+        for node in reversed(nodes):
+            if node not in (output, gate) and readers[node] and all(reader in inside for reader in readers[node]):
+                inside.add(node)
+        for node in inside:
+            if node.guard is not None or node.kind == "layer_gate":
+                raise LoweringError(f"the block {gate.scope} ({gate.place}) holds another block with a layer gate.")
+            node.guard = gate
+
+
+def _fold_pruning(nodes: list[Node]) -> None:
+    """A gate that prunes a map becomes that of the convolution which reads it."""
+    readers = _readers_of(nodes)
+    for node in nodes:
+        if node.kind != "pruned":
+            continue
+        reader = readers[node][0] if len(readers[node]) == 1 else None
+        if reader is None or reader.kind != "conv" or reader.inputs != [node] or "gate" in reader.attributes:
+            raise LoweringError(
+                f"the gate of {node.scope or 'the model'} ({node.place}) prunes a map that is not read by one "
+                "convolution alone: it cannot be lowered."
+            )
+        reader.attributes |= node.attributes
+        reader.inputs[0] = node.inputs[0]
+
+
+def _fold_padding(nodes: list[Node], output: Node) -> None:
+    """Padding becomes that of the convolutions or maximum pools which are all that read it."""
+    readers = _readers_of(nodes)
     for node in nodes:
         if node.kind != "pad" or node is output or not readers[node]:
             continue
@@ -103,12 +145,18 @@ class _Fusion:
             return self._activation(node)
         if node.kind == "add":
             return self._residual(node)
+        if node.kind == "mul" and node.inputs[1] is node.guard:
+            return self._scale(node)
         return None
 
-    def _open(self, node: Node, kinds: tuple[str, ...] | frozenset[str]) -> bool:
-        """Whether something can be merged into the node: nobody else reads it, and nothing follows its sums yet."""
+    def _open(self, node: Node, kinds: tuple[str, ...] | frozenset[str], into: Node | None = None) -> bool:
+        """Whether something can be merged into the node: nobody else reads it, and nothing follows its sums yet.
+
+        A guarded node gives zero where it is skipped: what stands outside of its block can follow a residual only.
+        """
         plain = node.attributes.get("activation", "none") == "none"
-        return node.kind in kinds and self.readers[node] == 1 and plain
+        inside = into is None or into.guard is node.guard or (node.kind == "conv" and len(node.inputs) > 1)
+        return node.kind in kinds and self.readers[node] == 1 and plain and inside
 
     def _gate(self, node: Node) -> Node:
         conv, x = node.inputs
@@ -129,7 +177,7 @@ class _Fusion:
         if shift is None and bool((scale == 1).all()):
             self.readers[node] += self.readers[before] - 1
             return before
-        if not self._open(before, ("conv", "linear", "affine")) or len(before.inputs) > 1:
+        if not self._open(before, ("conv", "linear", "affine"), node) or len(before.inputs) > 1:
             return None
         if before.kind == "affine":
             return _joined(before, scale, shift)
@@ -139,9 +187,17 @@ class _Fusion:
         before.tensors["bias"] = _scaled(before.tensors["bias"], scale, shift)
         return before
 
+    def _scale(self, node: Node) -> Node | None:
+        """A product with the layer gate that guards a convolution is done by the convolution."""
+        conv = node.inputs[0]
+        if not self._open(conv, ("conv",), node) or len(conv.inputs) > 1:
+            return None
+        conv.attributes["scaled"] = 1
+        return conv
+
     def _activation(self, node: Node) -> Node | None:
         before = node.inputs[0]
-        if not self._open(before, ACTIVATED):
+        if not self._open(before, ACTIVATED, node):
             return None
         before.attributes |= node.attributes
         return before

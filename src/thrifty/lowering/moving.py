@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def moved(call: Call) -> Any:
     if others:
         raise LoweringError(f"is told by values ({', '.join(others)}) what to move")
     if isinstance(known, Scale):
-        return Scale(known.gate, known.name, known.x, tuple(call.output.shape))
+        return replace(known, shape=tuple(call.output.shape))
     value = call.value(call.first())
     name, *rest = call.arguments.values()
     del name
@@ -54,7 +55,7 @@ def reshaped(call: Call) -> Tracked:
     known = call.known(call.first())
     shape = tuple(call.output.shape)
     if isinstance(known, Scale):
-        return Scale(known.gate, known.name, known.x, shape)
+        return replace(known, shape=shape)
     value = call.value(call.first())
     if math.prod(shape) != math.prod(value.shape):
         raise LoweringError(f"reads {list(value.shape)} as {list(shape)}")

@@ -19,10 +19,12 @@ class Node:
     """One operator that is still being changed. Shapes are per image, [C, H, W].
 
     Attributes:
-        kind: of the operator (see `thrifty.program`), or 'input', or 'gate': inputs[0] scaled by a gate on inputs[1].
+        kind: of the operator (see `thrifty.program`), or 'input', or 'gate': inputs[0] scaled by a gate on inputs[1],
+            or 'pruned': inputs[0] with zeros where a gate prunes it.
         scope: name of the module that was executed.
         whole: whether that module is made of no others.
         place: file and line of the user's code.
+        guard: the layer gate that decides whether it is computed, or None where it always is.
     """
 
     kind: str
@@ -33,6 +35,7 @@ class Node:
     scope: str = ""
     whole: bool = False
     place: str = ""
+    guard: Node | None = None
 
     @property
     def size(self) -> int:

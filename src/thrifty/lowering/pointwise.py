@@ -10,6 +10,7 @@ from torch import Tensor
 
 from thrifty.errors import LoweringError
 from thrifty.lowering.call import Call, Rule
+from thrifty.lowering.gating import gated
 from thrifty.lowering.nodes import Node
 from thrifty.lowering.values import IMAGES, ZERO, Scale, Value, squeezed, wrapped
 
@@ -133,7 +134,7 @@ def mul(call: Call) -> Value:
     if isinstance(left_known, Scale):
         left, right, left_known, right_known = right, left, right_known, left_known
     if isinstance(right_known, Scale):
-        return _gated(call, call.value(left), right_known)
+        return gated(call, call.value(left), right_known)
     if right_known is None:
         return affine(call, call.value(left), numbers(call, right), None)
     if left_known is None:
@@ -165,21 +166,6 @@ def div(call: Call) -> Value:
     if call.known(divisor) is not None or call.get("rounding_mode"):
         raise LoweringError("divides by values that depend on the input, or rounds")
     return affine(call, call.value(call.arguments["self"]), 1 / numbers(call, divisor), None)
-
-
-def _gated(call: Call, y: Value, scale: Scale) -> Value:
-    """A map [N, C, H, W] times a gate's scale."""
-    node = call.resolver.map(y)
-    if tuple(scale.shape) != (IMAGES, node.shape[0], 1, 1):
-        raise LoweringError(f"multiplies {list(y.shape)} with the scale of the gate {scale.name} as {scale.shape}")
-    try:
-        lowered = scale.gate.lower()
-    except LoweringError as error:
-        raise LoweringError(f"is gated by {scale.name}, which cannot be lowered: {error}") from error
-    tensors = {f"gate_{role}": tensor for role, tensor in lowered.tensors.items()}
-    reads = call.resolver.map(scale.x)
-    gate = call.graph.add("gate", [node, reads], node.shape, tensors, gate=lowered.kind, **lowered.attributes)
-    return wrapped(gate, y.shape)
 
 
 def _combined(call: Call, kind: str, a: Value, b: Value) -> Value:

@@ -19,8 +19,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from thrifty.dynamic import evaluating, hooked
 from thrifty.errors import LoweringError
-from thrifty.gates import Gate, GatedConv
+from thrifty.gates import ChannelGate, Gate, InputGate, LayerGate, layer_names
 from thrifty.lowering.call import Call
+from thrifty.lowering.gating import layer_gate, pruned
 from thrifty.lowering.nodes import Graph
 from thrifty.lowering.rules import RULES, SUPPORTED
 from thrifty.lowering.values import IMAGES, Refused, Resolver, Scale, Tracked, Value
@@ -46,8 +47,9 @@ def record(model: nn.Module, example: Tensor) -> tuple[Graph, Value]:
     recorder = _Recorder(graph)
     recorder.values[x] = Value(graph.nodes[0], tuple(x.shape))
     handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(recorder.entering(name), prepend=True))
+    names = layer_names(model)
+    for path, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(recorder.entering(names[path]), prepend=True))
         handles.append(module.register_forward_hook(recorder.leaving, always_call=True))
     with hooked(handles), evaluating(model), recorder:
         output = model(x)
@@ -87,13 +89,27 @@ class _Recorder(TorchDispatchMode):
         return hook
 
     def leaving(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        frame = self.frames.pop()
+        self.frames.pop()
         if isinstance(module, Gate) and output is not None:
             x = self.values.get(inputs[0])
-            scale, decision = output
             if isinstance(x, Value):
-                self.values[scale] = Scale(module, frame.name, x, tuple(scale.shape))
+                self._gate(module, x, output)
+
+    def _gate(self, gate: Gate, x: Value, output: tuple[Any, ...]) -> None:
+        """Note what a gate makes of x: its decisions are for executors, nothing else may read them."""
+        kept, *decisions = output
+        for decision in decisions:
+            if decision is not None:
                 self.values[decision] = Refused("a gate's decision")
+        self.graph.scope, self.graph.place = self._scope(), _users_place()
+        if isinstance(gate, ChannelGate):
+            self.values[kept] = Scale(gate, f"{self._scope()}.gate", x, tuple(kept.shape))
+        elif isinstance(gate, InputGate):
+            self.values[kept] = pruned(self.resolver, gate, x)
+        elif isinstance(gate, LayerGate):
+            self.values[kept] = Scale(gate, gate.block, x, tuple(kept.shape), layer_gate(self.resolver, gate, x))
+        else:
+            self.values[kept] = Refused(f"what a {type(gate).__name__} made, which programs have no form for")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -134,10 +150,8 @@ class _Recorder(TorchDispatchMode):
                 self.values[tensor] = known
 
     def _scope(self) -> str:
-        """The executed module's name; a gated layer's convolution goes by the layer's."""
-        name = self.frames[-1].name if self.frames else ""
-        gated = any(isinstance(frame.module, GatedConv) for frame in self.frames)
-        return name.removesuffix(".conv") if gated else name
+        """The executed module's name."""
+        return self.frames[-1].name if self.frames else ""
 
     def _reads_tracked(self, value: Any) -> bool:
         if isinstance(value, Tensor):

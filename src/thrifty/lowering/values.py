@@ -61,12 +61,17 @@ class Value:
 
 @dataclass
 class Scale:
-    """The scale [N, C] that a gate gave, in whatever shape."""
+    """The scale [N, C] that a channel gate gave, or [N] of a layer gate, in whatever shape.
+
+    Attributes:
+        node: of a layer gate, which stands before the layers that it decides on.
+    """
 
     gate: Gate
     name: str
     x: Value
     shape: tuple[int, ...]
+    node: Node | None = None
 
 
 @dataclass

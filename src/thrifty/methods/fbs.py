@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from thrifty.conversion import Place
 from thrifty.density import Density, check_density, check_patterns, density_for, kept
 from thrifty.errors import ThriftyError
-from thrifty.gates import Gate, GatedConv, LoweredGate, Pair, mean_magnitude, top_k_mask
+from thrifty.gates import ChannelGate, GatedConv, LoweredGate, Pair, mean_magnitude, top_k_mask
 from thrifty.graph import NORMS_WITH_ACTIVATION, ConvSite, replace_module
 from thrifty.methods.base import MethodConfig
 
@@ -191,7 +191,7 @@ class FBS(MethodConfig):
         _freeze_signs(norm)
 
 
-class FBSGate(Gate):
+class FBSGate(ChannelGate):
     """pi(x) = wta_k(ReLU(ss(x) phi + rho)) for maps x [N, C_in, H, W]."""
 
     winners: Tensor
