@@ -60,7 +60,7 @@ class Alternating(ChannelGate):
         decision = (torch.arange(self.channels) % 2 == 0).expand(len(x), -1)
         return 3.0 * decision, decision
 
-    def lower(self) -> LoweredGate:
+    def lower(self, shape: tuple[int, int, int]) -> LoweredGate:
         raise LoweringError("it alternates")
 
     def overhead(self, shape: torch.Size) -> int:

@@ -21,7 +21,7 @@ LEVELS = (
     {"dynamic", "program_file", "reference", "onnx_export", "zoo.records"},
     {"macs", "graph", "methods.base", "zoo.programs"},
     {"engine"},
-    {"methods.fbs"},
+    {"methods.antidote", "methods.fbs"},
     {"methods"},
     {"converter", "evaluation", "lowering.nodes"},
     {"lowering.values", "lowering.fusion"},

@@ -279,7 +279,7 @@ def test_a_gate_without_a_lowered_form_is_named() -> None:
         def overhead(self, shape: torch.Size) -> int:
             return 0
 
-        def lower(self) -> LoweredGate:
+        def lower(self, shape: tuple[int, int, int]) -> LoweredGate:
             raise LoweringError("it is fixed")
 
     dynamic = randomly_gated(NETS["NoNorm"](), torch.randn(2, 3, 16, 16))

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from thrifty.evaluation import Evaluation, evaluate
     from thrifty.lowering import lower
     from thrifty.macs import MacCount, count_macs
-    from thrifty.methods import FBS
+    from thrifty.methods import FBS, AntiDote
     from thrifty.program import Preprocessing, Program
 
 _PLACES = {
+    "AntiDote": "thrifty.methods",
     "Conversion": "thrifty.conversion",
     "Dynamic": "thrifty.dynamic",
     "Engine": "thrifty.engine",
@@ -48,6 +49,7 @@ _PLACES = {
 
 __all__ = [
     "FBS",
+    "AntiDote",
     "Conversion",
     "Decision",
     "Dynamic",

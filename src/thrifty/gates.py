@@ -69,8 +69,8 @@ class Gate(nn.Module, ABC):
         """MACs that deciding costs per input, for a map of `shape` [N, C, H, W]."""
 
     @abstractmethod
-    def lower(self) -> LoweredGate:
-        """The gate in the form that programs have.
+    def lower(self, shape: tuple[int, int, int]) -> LoweredGate:
+        """The gate in the form that programs have, for a map [C, H, W] of `shape`.
 
         Raises:
             LoweringError: programs have none for it.
@@ -96,13 +96,18 @@ class ChannelGate(Gate):
 class InputGate(Gate):
     """Decides which channels and columns of the map that a convolution reads are used.
 
-    `forward` returns the map with zeros elsewhere, and the decisions: channels, bool [N, C], and columns,
-    bool [N, H, W], either of them None where it does not decide on that axis.
+    `forward` returns the map with zeros elsewhere, and which channels, bool [N, C], and columns, bool [N, H, W], it
+    kept, None on an axis that it does not prune.
     """
+
+    @abstractmethod
+    def decides(self) -> tuple[bool, bool]:
+        """Whether it prunes channels, and columns, as it is set now."""
 
     def decision(self, output: tuple[Any, ...]) -> Decision:
         """Channels and columns that are read."""
-        return Decision(channels=output[1], columns=output[2])
+        by_channels, by_columns = self.decides()
+        return Decision(channels=output[1] if by_channels else None, columns=output[2] if by_columns else None)
 
 
 class LayerGate(Gate):

@@ -53,6 +53,7 @@ SHAPE_ATTRIBUTES = {"shape", "ndim", "device", "dtype", "requires_grad", "is_cud
 
 
 UNREACHED = "evaluation does not reach it"
+AS_FUNCTION = "called as a function: make it an nn.Conv2d to gate it"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class ConvSite:
         norm: name of the normalisation that alone reads the convolution's output, or None.
         blocked: why its outputs must not be gated, or empty.
         limit: what keeps its readers from skipping the channels that it skips, or empty.
+        unpruned: why the map that it reads must not be pruned, or empty.
+        map_size: positions of that map where it was made, before any pooling.
         input_shape: [C_in, H_in, W_in] for the example.
         macs: dense MACs of the convolution per input for the example.
     """
@@ -74,6 +77,8 @@ class ConvSite:
     norm: str | None = None
     blocked: str = ""
     limit: str = ""
+    unpruned: str = ""
+    map_size: int = 0
     input_shape: torch.Size = field(default_factory=torch.Size)
     macs: int = 0
 
@@ -165,30 +170,39 @@ def conv_sites(model: nn.Module, example: Tensor) -> tuple[ConvSite, ...]:
     sites: dict[str, ConvSite] = {}
     for node in net.graph.nodes:
         if node.op == "call_function" and node.target in CONV_FUNCTIONS:
-            sites[node.name] = ConvSite(
-                node.name, None, blocked="called as a function: make it an nn.Conv2d to gate it"
-            )
+            sites[node.name] = ConvSite(node.name, None, blocked=AS_FUNCTION, unpruned=AS_FUNCTION)
         conv = net.module(node)
         if not isinstance(conv, _ConvNd) or node.target in sites:
             continue
         name = str(node.target)
-        shape, macs = measured.get(name, (torch.Size(), 0))
+        seen = measured.get(name, _Measured())
         norm, node_after = _norm_of(node, net, calls)
-        blocked = ""
+        unfit = ""
         if not isinstance(conv, nn.Conv2d):
-            blocked = f"{type(conv).__name__} is not a 2-d convolution"
+            unfit = f"{type(conv).__name__} is not a 2-d convolution"
         elif calls[name] > 1:
-            blocked = "its weights are used at several places"
-        elif _reaches_output(node, net):
-            blocked = "its channels are the model's outputs"
+            unfit = "its weights are used at several places"
         elif name not in measured:
-            blocked = "the example does not reach it"
-        sites[name] = ConvSite(name, conv, norm, blocked, _limit(node_after, net), shape, macs)
+            unfit = "the example does not reach it"
+        makers, shared = _makers(node, net)
+        sizes = [measured[str(maker.target)].positions for maker in makers if str(maker.target) in measured]
+        sites[name] = ConvSite(
+            name,
+            conv,
+            norm,
+            blocked=unfit or ("its channels are the model's outputs" if _reaches_output(node, net) else ""),
+            limit=_limit(node_after, net),
+            unpruned=unfit or shared,
+            map_size=max(sizes, default=0),
+            input_shape=seen.input_shape,
+            macs=seen.macs,
+        )
     for name, module in net.modules.items():
         if isinstance(module, _ConvNd) and name not in sites:
             holder = net.holder(name)
             reason = f"torch.fx cannot trace {type(holder).__name__}, which holds it" if holder else UNREACHED
-            sites[name] = ConvSite(name, module, blocked=reason, macs=measured.get(name, (None, 0))[1])
+            macs = measured.get(name, _Measured()).macs
+            sites[name] = ConvSite(name, module, blocked=reason, unpruned=reason, macs=macs)
     return tuple(sites.values())
 
 
@@ -274,11 +288,45 @@ def _own_work_only(name: str) -> str:
     return f"skips its own work only: {name} follows"
 
 
+def _makers(conv: fx.Node, net: _Structure) -> tuple[list[fx.Node], str]:
+    """The layers that make the map which a convolution reads, and why it must not be pruned, or an empty text."""
+    makers, pending, seen = [], list(conv.all_input_nodes), {conv}
+    while pending:
+        node = pending.pop()
+        if node in seen or node.op == "get_attr" or _reads_shape(node):
+            continue
+        seen.add(node)
+        if node.op == "placeholder":
+            return [], "it reads the network's input"
+        if _sums_maps(node):
+            return [], "it reads a sum with a shortcut"
+        if _mixes(node, net):
+            makers.append(node)
+        else:
+            pending.extend(node.all_input_nodes)
+    pending, seen = [user for maker in makers for user in maker.users], set()
+    while pending:
+        node = pending.pop()
+        if _sums_maps(node):
+            return makers, "the map that it reads is a shortcut too"
+        if node not in seen and not _mixes(node, net) and not _reads_shape(node):
+            pending.extend(node.users)
+        seen.add(node)
+    return makers, ""
+
+
+def _sums_maps(node: fx.Node) -> bool:
+    """Whether the node adds one map to another."""
+    if node.op not in {"call_function", "call_method"} or _function_name(node) not in SUM_NAMES:
+        return False
+    return all(isinstance(value, fx.Node) and value.op != "get_attr" for value in node.args[:2])
+
+
 def _keeps_zero(node: fx.Node) -> bool:
     """Whether a function or method gives zero wherever all the maps that it takes are zero."""
     name = _function_name(node)
     if name in SUM_NAMES:
-        return all(isinstance(value, fx.Node) and value.op != "get_attr" for value in node.args[:2])
+        return _sums_maps(node)
     if name in {"truediv", "div"}:
         return isinstance(node.args[0], fx.Node) and node.args[0].op != "get_attr"
     if name == "pad":
@@ -293,9 +341,18 @@ def _function_name(node: fx.Node) -> str:
     return str(target if node.op == "call_method" else getattr(target, "__name__", target))
 
 
-def _measure(model: nn.Module, example: Tensor) -> dict[str, tuple[torch.Size, int]]:
-    """Input shape without the batch and dense MACs of each convolution that the example reaches."""
-    found: dict[str, tuple[torch.Size, int]] = {}
+@dataclass(frozen=True)
+class _Measured:
+    """Of one convolution for the example: shape of its input without the batch, dense MACs, positions of its output."""
+
+    input_shape: torch.Size = field(default_factory=torch.Size)
+    macs: int = 0
+    positions: int = 0
+
+
+def _measure(model: nn.Module, example: Tensor) -> dict[str, _Measured]:
+    """What is known of each convolution that the example reaches."""
+    found: dict[str, _Measured] = {}
 
     def note(name: str) -> Any:
         def hook(conv: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -303,7 +360,8 @@ def _measure(model: nn.Module, example: Tensor) -> dict[str, tuple[torch.Size, i
             positions = inputs[0][0, 0].numel() if conv.transposed else output[0, 0].numel()
             per_position = conv.in_channels if conv.transposed else conv.out_channels
             weights = conv.weight[0].numel() if conv.transposed else weights
-            found[name] = (inputs[0].shape[1:], weights * per_position * positions)
+            macs = weights * per_position * positions
+            found[name] = _Measured(inputs[0].shape[1:], macs, output[0, 0].numel())
 
         return hook
 

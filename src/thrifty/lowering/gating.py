@@ -13,18 +13,18 @@ from thrifty.lowering.values import IMAGES, Resolver, Scale, Value, wrapped
 
 def pruned(resolver: Resolver, gate: InputGate, x: Value) -> Value:
     """The map x with zeros where the gate prunes it."""
-    lowered = _lowered(gate, resolver.graph.scope)
     reads = resolver.map(x)
+    lowered = _lowered(gate, reads, resolver.graph.scope)
     node = resolver.graph.add("pruned", [reads], reads.shape, None, gate=lowered.kind, **lowered.attributes)
     return wrapped(node, x.shape)
 
 
 def layer_gate(resolver: Resolver, gate: LayerGate, x: Value) -> Node:
     """The node that decides whether the layers of a block run."""
-    lowered = _lowered(gate, gate.block)
-    graph = resolver.graph
+    graph, reads = resolver.graph, resolver.map(x)
+    lowered = _lowered(gate, reads, gate.block)
     scope, graph.scope = graph.scope, gate.block
-    node = graph.add(lowered.kind, [resolver.map(x)], (1, 1, 1), lowered.tensors, **lowered.attributes)
+    node = graph.add(lowered.kind, [reads], (1, 1, 1), lowered.tensors, **lowered.attributes)
     graph.scope = scope
     return node
 
@@ -36,9 +36,9 @@ def gated(call: Call, y: Value, scale: Scale) -> Value:
     node = call.resolver.map(y)
     if tuple(scale.shape) != (IMAGES, node.shape[0], 1, 1):
         raise LoweringError(f"multiplies {list(y.shape)} with the scale of the gate {scale.name} as {scale.shape}")
-    lowered = _lowered(scale.gate, scale.name)
-    tensors: dict[str, Tensor] = {f"gate_{role}": tensor for role, tensor in lowered.tensors.items()}
     reads = call.resolver.map(scale.x)
+    lowered = _lowered(scale.gate, reads, scale.name)
+    tensors: dict[str, Tensor] = {f"gate_{role}": tensor for role, tensor in lowered.tensors.items()}
     gate = call.graph.add("gate", [node, reads], node.shape, tensors, gate=lowered.kind, **lowered.attributes)
     return wrapped(gate, y.shape)
 
@@ -54,8 +54,8 @@ def _layer(call: Call, y: Value, scale: Scale, gate: Node) -> Value:
     return Value(node, value.shape, value.places)
 
 
-def _lowered(gate: Gate, name: str) -> LoweredGate:
+def _lowered(gate: Gate, reads: Node, name: str) -> LoweredGate:
     try:
-        return gate.lower()
+        return gate.lower(reads.shape)
     except LoweringError as error:
         raise LoweringError(f"is gated by {name}, which cannot be lowered: {error}") from error

@@ -7,11 +7,13 @@ from dataclasses import fields
 from typing import Any
 
 from thrifty.errors import ThriftyError
+from thrifty.methods.antidote import AntiDote
 from thrifty.methods.base import MethodConfig
 from thrifty.methods.fbs import FBS
 
 METHODS: dict[str, type[MethodConfig]] = {
     FBS.name: FBS,
+    AntiDote.name: AntiDote,
 }
 
 
@@ -35,4 +37,4 @@ def method_config(name: str, settings: Mapping[str, Any]) -> MethodConfig:
     return kind(**values)
 
 
-__all__ = ["FBS", "METHODS", "MethodConfig", "method_config"]
+__all__ = ["FBS", "METHODS", "AntiDote", "MethodConfig", "method_config"]

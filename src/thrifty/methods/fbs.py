@@ -215,7 +215,7 @@ class FBSGate(ChannelGate):
         """One MAC for each element that is pooled and one for each weight of phi."""
         return _overhead(shape[1:], self.channels)
 
-    def lower(self) -> LoweredGate:
+    def lower(self, shape: tuple[int, int, int]) -> LoweredGate:
         """The gate as programs have it: the winners of linear saliencies of mean magnitudes."""
         weights = {"weight": self.predictor.weight, "bias": self.predictor.bias}
         return LoweredGate("topk", {"winners": int(self.winners)}, weights)

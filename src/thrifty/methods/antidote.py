@@ -1,0 +1,278 @@
+"""AntiDote: attention-based pruning of the channels and columns that a convolution reads, trained by targeted dropout.
+
+Yu, Liu, Wang, Wang, Chen, 'AntiDote: Attention-based Dynamic Optimization for Neural Network Runtime Efficiency',
+DATE 2020, arXiv 2008.06543; extended as AntiDoteX, IEEE TCAD 41(11), 2022.
+
+The map F [C, H, W] that a convolution is about to read has attention without parameters: of a channel the mean over
+the positions, of a column (all channels at one position) the mean over the channels. The highest (1 - ratio) of each
+are kept, the convolution reads F * M_channel * M_column, and all of its outputs are computed. In residual networks only
+maps inside a block are pruned, so that the shortcut stays whole. Targeted dropout trains for it: what has the least
+attention is dropped in training as in evaluation, at a ratio that ascends to the target in small steps.
+
+Differs from the paper, of which no code is public, in
+- attention by magnitude, mean |F|: the same after ReLU, and defined after activations that let negative values through.
+- stages: a tuple of ratios is by the size of the map where it was made, before pooling, largest first.
+- `criterion`, `dropout` and `schedule`, which also hold what the method is compared with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from thrifty.conversion import Place
+from thrifty.density import Density, check_density, check_patterns, density_for, kept
+from thrifty.errors import LoweringError, ThriftyError
+from thrifty.gates import InputGate, LoweredGate, MaskedConv, mean_magnitude, top_k_mask
+from thrifty.graph import ConvSite, replace_module
+from thrifty.methods.base import MethodConfig
+
+if TYPE_CHECKING:
+    from thrifty.dynamic import Dynamic
+
+Ratio = float | tuple[float, ...] | Mapping[str, float]
+"""Share pruned: one for all layers, one for each stage, or by pattern of names, of which the first that fits counts."""
+
+Criterion = Literal["attention", "random", "inverse"]
+Dropout = Literal["targeted", "random", "none"]
+Schedule = Literal["none", "steps", "linear"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AntiDote(MethodConfig):
+    """Settings of attention-based pruning (see the module's text for the method and its source).
+
+    Attributes:
+        channels: ratio of the channels that are pruned, in [0, 1).
+        columns: ratio of the columns that are pruned, in [0, 1).
+        criterion: what is kept: the highest attention, or for comparison the lowest ('inverse') or whatever chance
+            says ('random').
+        dropout: what is dropped in training: the same as in evaluation ('targeted'), as much of it at random
+            ('random'), or nothing ('none': pruning at test time alone).
+        schedule: how ratios ascend from `start` in training: 'steps' of `step`, 'linear', or 'none', which trains at
+            the target from the first step on.
+        start: ratio at which the ascent begins; targets under it are there from the beginning.
+        step: size of a step up.
+        ascent: shares of the training run at which the ascent starts and ends.
+    """
+
+    name: ClassVar[str] = "antidote"
+    version: ClassVar[int] = 1
+
+    channels: Ratio = 0.5
+    columns: Ratio = 0.0
+    criterion: Criterion = "attention"
+    dropout: Dropout = "targeted"
+    schedule: Schedule = "steps"
+    start: float = 0.1
+    step: float = 0.05
+    ascent: tuple[float, float] = (0.05, 0.6)
+
+    def __post_init__(self) -> None:
+        for field in ("channels", "columns"):
+            for ratio in _values(getattr(self, field)):
+                _check_ratio(field, ratio)
+        _check_ratio("start", self.start)
+        options = {"criterion": get_args(Criterion), "dropout": get_args(Dropout), "schedule": get_args(Schedule)}
+        for field, known in options.items():
+            if getattr(self, field) not in known:
+                raise ThriftyError(f"AntiDote {field} is {getattr(self, field)!r}; choose one of: {', '.join(known)}.")
+        if not 0 < self.step < 1:
+            raise ThriftyError(f"AntiDote step is {self.step!r}, but must be in (0, 1).")
+        if len(self.ascent) != 2 or not 0 <= self.ascent[0] <= self.ascent[1] <= 1:
+            raise ThriftyError(f"AntiDote ascent is {self.ascent!r}, but must be two rising shares in [0, 1].")
+
+    def place(self, model: nn.Module, sites: tuple[ConvSite, ...]) -> tuple[Place, ...]:
+        """Prune the map that each convolution reads, where that map is read inside a block only."""
+        refused = {site.name: self._refusal(site) for site in sites}
+        sizes = {site.name: site.map_size for site in sites if not refused[site.name]}
+        channels = _ratios("channels", self.channels, sizes)
+        columns = _ratios("columns", self.columns, sizes)
+        places = []
+        for site in sites:  # no error from here on: one that came before left the model untouched
+            note = refused[site.name]
+            gate = None
+            if not note:
+                gate = AttentionGate(site.input_shape, self.criterion, self.dropout)
+                gate.target = (channels[site.name], columns[site.name])
+                gate.set_ratios(*gate.target)
+                if gate.decides() == (False, False):
+                    gate, note = None, "its ratios keep everything"
+            cost = 0
+            if gate is not None:
+                cost = gate.overhead(torch.Size((1, *site.input_shape)))
+                _prune(model, site, gate)
+            places.append(Place(site.name, gate is not None, note, site.macs, cost))
+        return tuple(places)
+
+    def regularization(self, model: Dynamic) -> Tensor:
+        """Zero: the method's loss is the network's own."""
+        return torch.zeros(())
+
+    def set_density(self, model: Dynamic, density: Density) -> None:
+        """Change the share of channels kept, 1 - ratio, of all layers or of those that a pattern fits; columns stay."""
+        gates = _gates(model)
+        check_patterns(density, list(gates))
+        for name, gate in gates.items():
+            value = density_for(density, name)
+            if value is not None:
+                gate.set_ratios(channels=1 - check_density(value))
+
+    def density_of(self, model: Dynamic) -> float:
+        """Mean share of the pruned maps that is kept, channels times columns; 1 where none is pruned."""
+        shares = [gate.share for gate in _gates(model).values()]
+        return sum(shares) / len(shares) if shares else 1.0
+
+    def advance(self, model: Dynamic, progress: float) -> None:
+        """Put the schedule's ratios for this share of the run into every gate."""
+        for gate in _gates(model).values():
+            gate.set_ratios(*(self.ratio_at(progress, target) for target in gate.target))
+
+    def ratio_at(self, progress: float, target: float) -> float:
+        """Ratio on the way to `target` when the share `progress` in [0, 1] of training is done."""
+        first, last = self.ascent
+        if self.schedule == "none" or target <= self.start or progress >= last:
+            return target
+        if progress < first:
+            return self.start
+        share = (progress - first) / (last - first)
+        if self.schedule == "linear":
+            return self.start + (target - self.start) * share
+        steps = math.ceil((target - self.start) / self.step - 1e-9)
+        taken = min(steps, 1 + math.floor(share * steps))
+        return min(target, round(self.start + taken * self.step, 9))
+
+    def _refusal(self, site: ConvSite) -> str:
+        if site.conv is None or site.unpruned:
+            return site.unpruned or site.blocked
+        return "" if self.selects(site.name, site.conv) else "not selected by where="
+
+
+class AttentionGate(InputGate):
+    """Keeps the channels and columns of a map x [N, C, H, W] that have the most attention; ties to the lowest index.
+
+    Attributes:
+        target: ratios of channels and columns that training ascends to.
+    """
+
+    kept_channels: Tensor
+    kept_columns: Tensor
+
+    def __init__(self, shape: torch.Size, criterion: Criterion = "attention", dropout: Dropout = "targeted") -> None:
+        super().__init__()
+        self.channels, self.positions = shape[0], shape[1:].numel()
+        self.criterion, self.dropout = criterion, dropout
+        # Tensors, so that they travel with the weights and a change of ratios compiles nothing anew.
+        self.register_buffer("kept_channels", torch.tensor(self.channels))
+        self.register_buffer("kept_columns", torch.tensor(self.positions))
+        self.target = (0.0, 0.0)
+        self.by_channels = self.by_columns = False
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if self.training and self.dropout == "none":
+            return x, None, None
+        channels = columns = None
+        kept_map = x
+        if self.by_channels:
+            channels = top_k_mask(self._scores(mean_magnitude(x)), self.kept_channels)
+            kept_map = kept_map * channels[:, :, None, None].to(x.dtype)
+        if self.by_columns:
+            attention = torch.linalg.vector_norm(x, 1, 1) / x.shape[1]
+            columns = top_k_mask(self._scores(attention.flatten(1)), self._columns_of(attention[0].numel()))
+            columns = columns.reshape(attention.shape)
+            kept_map = kept_map * columns[:, None].to(x.dtype)
+        return kept_map, channels, columns
+
+    def _scores(self, attention: Tensor) -> Tensor:
+        if self.criterion == "random" or (self.training and self.dropout == "random"):
+            return torch.rand_like(attention)
+        return -attention if self.criterion == "inverse" else attention
+
+    def _columns_of(self, positions: int) -> Any:
+        """Columns kept of a map of so many positions: the same share, rounded up."""
+        return (self.kept_columns * positions + (self.positions - 1)) // self.positions
+
+    def decides(self) -> tuple[bool, bool]:
+        """Whether it prunes channels, and columns, at the ratios that are set."""
+        return (
+            self.by_channels and int(self.kept_channels) < self.channels,
+            self.by_columns and int(self.kept_columns) < self.positions,
+        )
+
+    def set_ratios(self, channels: float | None = None, columns: float | None = None) -> None:
+        """Prune so much of each from now on; None leaves it as it is."""
+        if channels is not None:
+            self.by_channels = self.by_channels or channels > 0
+            self.kept_channels.fill_(kept(1 - channels, self.channels))
+        if columns is not None:
+            self.by_columns = self.by_columns or columns > 0
+            self.kept_columns.fill_(kept(1 - columns, self.positions))
+
+    @property
+    def share(self) -> float:
+        """Share of the map that is kept, in (0, 1]."""
+        return int(self.kept_channels) / self.channels * int(self.kept_columns) / self.positions
+
+    def overhead(self, shape: torch.Size) -> int:
+        """One MAC for each element of the map and each axis that is decided on."""
+        return sum(self.decides()) * shape[1:].numel()
+
+    def lower(self, shape: tuple[int, int, int]) -> LoweredGate:
+        """The gate as programs have it: so many channels and columns of the highest attention."""
+        if self.criterion != "attention":
+            raise LoweringError(f"pruning by the criterion {self.criterion!r} is for comparison in torch alone")
+        by_channels, by_columns = self.decides()
+        columns = int(self._columns_of(shape[1] * shape[2])) if by_columns else shape[1] * shape[2]
+        kept_channels = int(self.kept_channels) if by_channels else self.channels
+        return LoweredGate("attention", {"kept_channels": kept_channels, "kept_columns": columns}, {})
+
+
+def _prune(model: nn.Module, site: ConvSite, gate: AttentionGate) -> None:
+    conv: Any = site.conv
+    gate.to(conv.weight.device)
+    masked = MaskedConv(conv, gate)
+    gate.train(conv.training)
+    masked.training = conv.training
+    replace_module(model, site.name, masked)
+
+
+def _gates(model: Dynamic) -> dict[str, AttentionGate]:
+    return {name: gate for name, gate in model.gates().items() if isinstance(gate, AttentionGate)}
+
+
+def _values(ratio: Ratio) -> tuple[float, ...]:
+    if isinstance(ratio, Mapping):
+        return tuple(ratio.values())
+    return tuple(ratio) if isinstance(ratio, (tuple, list)) else (ratio,)
+
+
+def _check_ratio(field: str, ratio: float) -> None:
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+        raise ThriftyError(f"AntiDote {field} is {ratio!r}, but a ratio must be a number in [0, 1).")
+
+
+def _ratios(axis: str, ratio: Ratio, sizes: Mapping[str, int]) -> dict[str, float]:
+    """The ratio of each layer, by name.
+
+    Args:
+        axis: 'channels' or 'columns', for errors.
+        ratio: as given.
+        sizes: positions of the map where it was made, by name of the layer that reads it.
+    """
+    if isinstance(ratio, Mapping):
+        check_patterns({pattern: 1 - value for pattern, value in ratio.items()}, sizes)
+        return {name: density_for(ratio, name) or 0.0 for name in sizes}
+    if isinstance(ratio, (tuple, list)):
+        stages = sorted(set(sizes.values()), reverse=True)
+        if len(stages) != len(ratio):
+            raise ThriftyError(
+                f"AntiDote {axis} has {len(ratio)} ratios, but the network's maps that can be pruned come in "
+                f"{len(stages)} sizes: {', '.join(map(str, stages))} positions."
+            )
+        return {name: float(ratio[stages.index(size)]) for name, size in sizes.items()}
+    return dict.fromkeys(sizes, float(ratio))
