@@ -304,15 +304,41 @@ def _makers(conv: fx.Node, net: _Structure) -> tuple[list[fx.Node], str]:
             makers.append(node)
         else:
             pending.extend(node.all_input_nodes)
-    pending, seen = [user for maker in makers for user in maker.users], set()
+    read, sums = _reached(makers, net)
+    for reader in read:  # a projection: one reader's output meets in a sum with what the others made of the map
+        projected = _reached([reader], net)[1]
+        if projected & _descendants(makers, without=reader):
+            sums |= projected
+    return makers, "the map that it reads is a shortcut too" if sums else ""
+
+
+def _reached(starts: Iterable[fx.Node], net: _Structure) -> tuple[set[fx.Node], set[fx.Node]]:
+    """The layers and the sums of maps that read what `starts` make, with nothing between that mixes channels."""
+    pending, seen = [user for start in starts for user in start.users], set()
+    layers, sums = set(), set()
     while pending:
         node = pending.pop()
-        if _sums_maps(node):
-            return makers, "the map that it reads is a shortcut too"
-        if node not in seen and not _mixes(node, net) and not _reads_shape(node):
-            pending.extend(node.users)
+        if node in seen or _reads_shape(node):
+            continue
         seen.add(node)
-    return makers, ""
+        if _sums_maps(node):
+            sums.add(node)
+        elif _mixes(node, net):
+            layers.add(node)
+        else:
+            pending.extend(node.users)
+    return layers, sums
+
+
+def _descendants(starts: Iterable[fx.Node], without: fx.Node) -> set[fx.Node]:
+    """Everything that depends on `starts` by a way that does not lead through one node."""
+    pending, seen = [user for start in starts for user in start.users], {without}
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            pending.extend(node.users)
+    return seen - {without}
 
 
 def _sums_maps(node: fx.Node) -> bool:

@@ -521,8 +521,8 @@ def _table() -> dict[Any, Callable[[_Call], Any]]:
         "argmax where sort topk copy_ fill_ zero_ rand rand_like randn bernoulli bernoulli_ _local_scalar_dense "
         "scalar_tensor sin cos erf linspace meshgrid im2col col2im index gather scatter cumsum rsub sym_size "
         "floor_divide remainder "
-        "masked_fill native_dropout_backward logical_and logical_or bitwise_not bitwise_and bitwise_or linalg_vector_norm norm isfinite all "
-        "any item",
+        "masked_fill native_dropout_backward logical_and logical_or bitwise_not "
+        "bitwise_and bitwise_or linalg_vector_norm norm isfinite all any item",
     }
     for rule, names in groups.items():
         for name in names.split():
