@@ -23,7 +23,7 @@ LEVELS = (
     {"engine"},
     {"methods.antidote", "methods.fbs"},
     {"methods"},
-    {"converter", "evaluation", "lowering.nodes"},
+    {"budgets", "converter", "evaluation", "lowering.nodes"},
     {"lowering.values", "lowering.fusion"},
     {"lowering.call"},
     {"lowering.gating"},

@@ -16,6 +16,7 @@ from thrifty.errors import ThriftyError, missing_extra
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from thrifty.budgets import set_budget
     from thrifty.compiler import compile  # noqa: A004 (read as thrifty.compile)
     from thrifty.conversion import Conversion
     from thrifty.converter import convert
@@ -45,6 +46,7 @@ _PLACES = {
     "evaluate": "thrifty.evaluation",
     "load": "thrifty.engine",
     "lower": "thrifty.lowering",
+    "set_budget": "thrifty.budgets",
 }
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "evaluate",
     "load",
     "lower",
+    "set_budget",
     "zoo",
 ]
 

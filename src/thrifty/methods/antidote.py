@@ -30,7 +30,7 @@ from thrifty.density import Density, check_density, check_patterns, density_for,
 from thrifty.errors import LoweringError, ThriftyError
 from thrifty.gates import InputGate, LoweredGate, MaskedConv, mean_magnitude, top_k_mask
 from thrifty.graph import ConvSite, replace_module
-from thrifty.methods.base import MethodConfig
+from thrifty.methods.base import MethodConfig, sampled_strength
 
 if TYPE_CHECKING:
     from thrifty.dynamic import Dynamic
@@ -59,6 +59,8 @@ class AntiDote(MethodConfig):
         start: ratio at which the ascent begins; targets under it are there from the beginning.
         step: size of a step up.
         ascent: shares of the training run at which the ascent starts and ends.
+        one_for_all: train one set of weights for all ratios from 0 to the targets: every step takes others (AntiDoteX).
+            `schedule` then has no part.
     """
 
     name: ClassVar[str] = "antidote"
@@ -72,6 +74,7 @@ class AntiDote(MethodConfig):
     start: float = 0.1
     step: float = 0.05
     ascent: tuple[float, float] = (0.05, 0.6)
+    one_for_all: bool = False
 
     def __post_init__(self) -> None:
         for field in ("channels", "columns"):
@@ -128,8 +131,16 @@ class AntiDote(MethodConfig):
         shares = [gate.share for gate in _gates(model).values()]
         return sum(shares) / len(shares) if shares else 1.0
 
+    def set_strength(self, model: Dynamic, strength: float) -> None:
+        """Put every layer's ratios at that share of their targets."""
+        for gate in _gates(model).values():
+            gate.set_ratios(*(strength * target for target in gate.target))
+
     def advance(self, model: Dynamic, progress: float) -> None:
         """Put the schedule's ratios for this share of the run into every gate."""
+        if self.one_for_all:
+            self.set_strength(model, sampled_strength(progress) if progress < 1 else 1.0)
+            return
         for gate in _gates(model).values():
             gate.set_ratios(*(self.ratio_at(progress, target) for target in gate.target))
 

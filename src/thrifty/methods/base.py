@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
     from thrifty.graph import ConvSite
 
 Where = Callable[[str, nn.Module], bool] | str | tuple[str, ...] | None
+
+
+def sampled_strength(progress: float) -> float:
+    """A strength for the training step at `progress` in [0, 1]: a quarter of the steps 0, a quarter 1, others between.
+
+    It depends on `progress` alone, so that a resumed run draws what the unbroken one does.
+    """
+    return min(1.0, max(0.0, 2 * random.Random(repr(progress)).random() - 0.5))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +78,10 @@ class MethodConfig(ABC):
     @abstractmethod
     def density_of(self, model: Dynamic) -> float:
         """Mean density over the gated layers, 1 where none is gated."""
+
+    @abstractmethod
+    def set_strength(self, model: Dynamic, strength: float) -> None:
+        """Go the share `strength` in [0, 1] of the way from computing everything to what the settings ask for."""
 
     @abstractmethod
     def advance(self, model: Dynamic, progress: float) -> None:

@@ -33,7 +33,7 @@ from thrifty.density import Density, check_density, check_patterns, density_for,
 from thrifty.errors import ThriftyError
 from thrifty.gates import ChannelGate, GatedConv, LoweredGate, Pair, mean_magnitude, top_k_mask
 from thrifty.graph import NORMS_WITH_ACTIVATION, ConvSite, replace_module
-from thrifty.methods.base import MethodConfig
+from thrifty.methods.base import MethodConfig, sampled_strength
 
 if TYPE_CHECKING:
     from thrifty.dynamic import Dynamic
@@ -59,6 +59,8 @@ class FBS(MethodConfig):
         start: density at which training starts.
         step: size of a step down.
         descent: shares of the training run at which the descent starts and ends.
+        one_for_all: train one set of weights for all densities from 1 to `density`: every step takes another one
+            (AntiDoteX's idea, IEEE TCAD 41(11), 2022; not the FBS paper's). `schedule` then has no part.
         max_overhead: a convolution is gated only if its gate's MACs are at most this share of its own.
     """
 
@@ -72,6 +74,7 @@ class FBS(MethodConfig):
     start: float = 1.0
     step: float = 0.1
     descent: tuple[float, float] = (0.1, 0.6)
+    one_for_all: bool = False
     max_overhead: float = 0.5
 
     def __post_init__(self) -> None:
@@ -119,8 +122,16 @@ class FBS(MethodConfig):
         densities = [gate.density for gate in _gates(model).values()]
         return sum(densities) / len(densities) if densities else 1.0
 
+    def set_strength(self, model: Dynamic, strength: float) -> None:
+        """Put every layer that share of the way from density 1 to its target."""
+        for name, gate in _gates(model).items():
+            gate.set_density(1 - (1 - self.density_for(name)) * strength)
+
     def advance(self, model: Dynamic, progress: float) -> None:
         """Put the schedule's density for this share of the run into every gate."""
+        if self.one_for_all:
+            self.set_strength(model, sampled_strength(progress) if progress < 1 else 1.0)
+            return
         for name, gate in _gates(model).items():
             gate.set_density(self.density_at(progress, self.density_for(name)))
 
