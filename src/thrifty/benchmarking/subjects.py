@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,7 @@ def find_subject(
     where: Sequence[str] = (),
     density: float = 0.5,
     images: int = IMAGES,
+    settings: Mapping[str, Any] | None = None,
 ) -> Subject:
     """The network that `source` names.
 
@@ -73,6 +74,7 @@ def find_subject(
         where: patterns of the names of layers that may be gated; none means all.
         density: that the dynamic network starts at.
         images: number of images that the random gates are fitted to.
+        settings: others of the method; they make the density the method's own.
 
     Raises:
         ThriftyError: there is no such network, it does not take images of this size, or it cannot be lowered.
@@ -83,7 +85,7 @@ def find_subject(
 
     from thrifty.converter import convert  # noqa: PLC0415
     from thrifty.lowering import lower  # noqa: PLC0415
-    from thrifty.methods import method_config  # noqa: PLC0415
+    from thrifty.methods import METHODS, method_config  # noqa: PLC0415
     from thrifty.zoo.resolve import build_net  # noqa: PLC0415
     from thrifty.zoo.store import load_model  # noqa: PLC0415
 
@@ -101,12 +103,13 @@ def find_subject(
     dense = lower(model, example)
     if method == "none":
         return Subject(source, dense, model, None)
-    config = method_config(method, {"where": tuple(where) or None, "density": density})
+    usual = {"density": density} if hasattr(METHODS.get(method), "density") else {}
+    config = method_config(method, {"where": tuple(where) or None, **(settings or usual)})
     dynamic = convert(copy.deepcopy(model), config, example, inplace=True)
     if not dynamic.gates():
         raise ThriftyError(f"{method} gates no layer of {source}: `thrifty convert {source}` tells why.")
     randomise_gates(dynamic, torch.from_numpy(random_images(images, dense.buffers[0])))
-    return Subject(source, dense, model, lower(dynamic, example), method)
+    return Subject(source, dense, model, lower(dynamic, example), method, own_density=not usual or bool(settings))
 
 
 def random_images(count: int, shape: Shape, seed: int = 0) -> NDArray[np.float32]:
@@ -141,7 +144,7 @@ def without_gates(program: Program) -> Program:
 
 
 def randomise_gates(model: Dynamic, x: Any, seed: int = 0) -> None:
-    """Give every gate random weights with which images x [N, C, H, W] decide independently of each other.
+    """Give every gate that has weights random ones with which images x [N, C, H, W] decide independently of each other.
 
     Saliencies are 1 + phi (m - mean of m over x), scaled to a standard deviation of `SPREAD`, where m are the mean
     magnitudes that the gate sees: so no two images agree, and values neither explode nor fade on their way.
@@ -169,7 +172,7 @@ def randomise_gates(model: Dynamic, x: Any, seed: int = 0) -> None:
         gate.predictor.weight.copy_(weight)
         gate.predictor.bias.copy_(1 - weight @ mean)
 
-    gates = model.gates()
+    gates = {name: gate for name, gate in model.gates().items() if next(gate.parameters(), None) is not None}
     for name, gate in gates.items():
         if not hasattr(gate, "predictor"):
             raise ThriftyError(f"the gate of {name}, a {type(gate).__name__}, has no predictor to randomise.")

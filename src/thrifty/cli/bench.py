@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thrifty.cli.options import Json, Several
+from thrifty.cli.options import Json, MethodName, MethodSettings, Several, settings_of
 from thrifty.cli.show import console, millions, number, print_json, table
 from thrifty.files import replacing
 from thrifty.machine import machine, native_features, versions
@@ -35,7 +35,8 @@ def run(
     image: Annotated[
         int | None, typer.Option(min=1, help="Height and width in pixels; 32 for zoo networks, 224 for others.")
     ] = None,
-    method: Annotated[str, typer.Option(help="The method of the dynamic network: fbs, or none.")] = "fbs",
+    method: MethodName = "fbs",
+    changes: MethodSettings = None,
     density: Annotated[
         list[float] | None,
         typer.Option(help="Share of channels kept; several may follow. [default: 0.5, or as trained]"),
@@ -74,7 +75,8 @@ def run(
     batches = batch or [1]
     reports: list[Report] = []
     for name in models:
-        subject = find_subject(name, image, method, where or (), images=max(IMAGES, *batches))
+        settings = settings_of(changes or ())
+        subject = find_subject(name, image, method, where or (), images=max(IMAGES, *batches), settings=settings)
         densities: list[float | None] = [*density] if density else [None if subject.own_density else 0.5]
         report = bench.run_bench(subject, densities, threads or [1], batches, wanted, layers, seconds)
         reports.append(report)

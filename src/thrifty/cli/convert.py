@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from thrifty.cli.options import Json
+from thrifty.cli.options import Json, MethodName, MethodSettings, settings_of
 from thrifty.cli.show import console, millions, percent, print_json, table
 
 NAME = "convert"
@@ -17,8 +17,11 @@ def run(
     net: Annotated[
         str, typer.Argument(help="torchvision:NAME, timm:NAME, module:function of your own, or a zoo network.")
     ],
-    method: Annotated[str, typer.Option(help="The method: fbs.")] = "fbs",
-    density: Annotated[float, typer.Option(help="Share of channels kept, in (0, 1].")] = 0.5,
+    method: MethodName = "fbs",
+    density: Annotated[
+        float | None, typer.Option(help="Share of channels kept, in (0, 1], for methods that have one. [default: 0.5]")
+    ] = None,
+    changes: MethodSettings = None,
     where: Annotated[
         list[str] | None,
         typer.Option(help="Gate only layers whose names fit this pattern, such as 'layer*'; repeatable."),
@@ -29,7 +32,7 @@ def run(
 ) -> None:
     """What a method would gate in a network: each convolution, why it stays dense if it does, and the share of MACs.
 
-    The network is made with random weights; the counts at the given density are of a random input.
+    The network is made with random weights; the counts are of a random input.
     """
     import torch  # noqa: PLC0415 (only commands that need it import torch)
 
@@ -38,8 +41,8 @@ def run(
     from thrifty.methods import method_config  # noqa: PLC0415
     from thrifty.zoo.resolve import build_net  # noqa: PLC0415
 
-    settings = {"density": density, "where": tuple(where) if where else None}
-    config = method_config(method, settings)
+    settings = settings_of(changes or ()) | ({} if density is None else {"density": density})
+    config = method_config(method, {"where": tuple(where) if where else None, **settings})
     torch.manual_seed(0)
     example = torch.randn(1, channels, size, size)
     dynamic = convert(build_net(net), config, example, inplace=True)
@@ -61,4 +64,4 @@ def run(
     rows = conversion.rows()
     table(("layer", "gated", "MACs", "gate MACs", "note"), rows, title=net)
     console.print(conversion.summary())
-    console.print(f"at density {density}: {millions(macs)} MACs, {percent(macs / conversion.total_macs)} of dense")
+    console.print(f"as it is set: {millions(macs)} MACs, {percent(macs / conversion.total_macs)} of dense")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,11 @@ Net = Annotated[
 ]
 Density = Annotated[
     float | None, typer.Option(help="Run a dynamic model at this density, in (0, 1], instead of its own.")
+]
+MethodName = Annotated[str, typer.Option(help="The method: fbs, antidote …; to measure a network dense: none.")]
+MethodSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A setting of the method as key=value, such as columns=0.5; repeatable."),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")]
 
@@ -72,6 +78,19 @@ def open_model(source: str, net: str | None, density: float | None) -> tuple[nn.
             raise ThriftyError(f"--density was given, but {source} is a dense model.")
         model.set_density(density)
     return model, card
+
+
+def settings_of(changes: Iterable[str]) -> dict[str, Any]:
+    """Settings given as key=value, the values as in YAML."""
+    settings: dict[str, Any] = {}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals or not key:
+            raise ThriftyError(f"--set {change!r} must have the form key=value.")
+        from thrifty.train.recipe import parse_value  # noqa: PLC0415 (needs the extra torch)
+
+        settings[key] = parse_value(value)
+    return settings
 
 
 def set_threads(threads: int | None) -> None:

@@ -40,6 +40,18 @@ def _parse(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
 
 
+def parse_value(text: str) -> Any:
+    """A value as recipes hold it: a number, a text, a list or a mapping in YAML.
+
+    Raises:
+        RecipeError: it is no YAML.
+    """
+    try:
+        return _parse(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set: {text!r} is not a valid YAML value.") from None
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -221,10 +233,7 @@ def _apply(settings: dict[str, Any], change: str) -> None:
         if not isinstance(inner, dict):
             raise RecipeError(f"--set {change!r}: {section} has no settings inside it.")
         target = inner
-    try:
-        target[key] = _parse(value)
-    except yaml.YAMLError:
-        raise RecipeError(f"--set {change!r}: {value!r} is not a valid YAML value.") from None
+    target[key] = parse_value(value)
 
 
 def _problem(item: Any) -> str:

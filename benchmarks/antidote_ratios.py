@@ -1,0 +1,107 @@
+"""ResNet-20 pruned by attention at rising ratios: trained by targeted dropout, by other means, and not trained for it.
+
+Usage: python benchmarks/antidote_ratios.py --root DATA [--output benchmarks/results/antidote_ratios.csv]
+DATA holds test/<class>/*.jpg. Writes a CSV and, beside it, a plot (needs the extra 'report').
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from thrifty import AntiDote, convert
+from thrifty.cli.options import photographs
+from thrifty.data.loader import EvaluationLoader
+from thrifty.evaluation import evaluate
+from thrifty.files import replacing
+from thrifty.machine import machine, versions
+from thrifty.zoo.records import records
+from thrifty.zoo.store import load_model
+
+STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+"""Of the trained model's ratios."""
+
+TRAINED = "resnet20-cifar10-antidote"
+COMPARED = {
+    "targeted dropout": TRAINED,
+    "random criterion": "resnet20-cifar10-antidote-random",
+    "pruned at test time alone": "resnet20-cifar10",
+    "pruned at test time alone, random": "resnet20-cifar10",
+}
+"""How it was made -> the zoo's model; those that the zoo does not have are left out."""
+
+
+def main() -> None:
+    """Evaluate each model at each strength."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/antidote_ratios.csv"))
+    arguments = parser.parse_args()
+    known = {record.name for record in records()}
+    rows = []
+    for training, name in COMPARED.items():
+        if name not in known:
+            print(f"{name} is not in the zoo: left out")
+            continue
+        loader, model = _prepared(name, "random" if training.endswith("random") else "attention", arguments.root)
+        for strength in STRENGTHS:
+            torch.manual_seed(0)
+            model.method.set_strength(model, strength)
+            result = evaluate(model, loader)
+            rows.append(
+                {
+                    "training": training,
+                    "model": name,
+                    "strength": strength,
+                    "accuracy": result.accuracy,
+                    "macs": result.macs.mean,
+                    "macs_share": result.macs.mean / model.conversion.total_macs,
+                    "photographs": len(result.labels),
+                }
+            )
+            print(f"{training}, strength {strength}: {result.accuracy:.4f} at {rows[-1]['macs_share']:.3f} of the MACs")
+    beside = {**{key: str(value) for key, value in machine().items()}, **versions("torch")}
+    with replacing(arguments.output) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, [*rows[0], *beside], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, **beside} for row in rows)
+    _plot(rows, arguments.output.with_suffix(".png"))
+
+
+def _prepared(name: str, criterion: Any, root: Path) -> tuple[EvaluationLoader, Any]:
+    """The photographs and the model; a dense one is made prunable, at the trained one's ratios."""
+    model: nn.Module
+    model, card = load_model(name)
+    loader = photographs(card, "folder", root)
+    if card.method is None:
+        trained, _ = load_model(TRAINED)
+        method: Any = trained.method
+        config = AntiDote(channels=method.channels, columns=method.columns, criterion=criterion)
+        model = convert(model, config, torch.zeros(1, 3, card.size, card.size))
+    return loader, model
+
+
+def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for training in dict.fromkeys(row["training"] for row in rows):
+        part = [row for row in rows if row["training"] == training]
+        axes.plot([row["macs_share"] for row in part], [100 * row["accuracy"] for row in part], "o-", label=training)
+    axes.set_xlabel("MACs, share of dense")
+    axes.set_ylabel("accuracy on the test photographs, %")
+    axes.set_title("ResNet-20, channels and columns pruned inside the blocks")
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
