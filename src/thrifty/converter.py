@@ -66,4 +66,6 @@ def convert(model: nn.Module, method: MethodConfig, example: Tensor, *, inplace:
     places = method.place(model, sites)
     conversion = Conversion(method.name, places, int(total[0]))
     log.info(conversion.summary())
-    return make_dynamic(model, method, conversion)
+    dynamic = make_dynamic(model, method, conversion)
+    method.measure(dynamic, example[:1])
+    return dynamic

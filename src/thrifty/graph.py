@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from thrifty.dynamic import evaluating, hooked
 from thrifty.errors import ConversionError
-from thrifty.gates import Wrapper
+from thrifty.gates import ChannelGate, GatedConv, Wrapper
 
 PLAIN_NORMS = ("BatchNorm2d", "SyncBatchNorm", "FrozenBatchNorm2d", "InstanceNorm2d")
 """Per-channel normalisations that do nothing else. Compared by name: FrozenBatchNorm2d is torchvision's."""
@@ -123,7 +123,7 @@ class _Tracer(fx.Tracer):
 
 
 @dataclass(frozen=True)
-class _Structure:
+class Structure:
     """A traced model: its graph, its modules by name, and the names of the modules that could not be traced."""
 
     graph: fx.Graph
@@ -139,7 +139,7 @@ class _Structure:
         return next((self.modules[path] for path in self.opaque if f"{name}.".startswith(f"{path}.")), None)
 
 
-def _trace(model: nn.Module) -> _Structure:
+def trace(model: nn.Module) -> Structure:
     """The model's structure in evaluation mode; the model is left as it was, its hooks are not run.
 
     Raises:
@@ -154,7 +154,7 @@ def _trace(model: nn.Module) -> _Structure:
                 f"torch.fx cannot trace {type(model).__name__}: {' '.join(str(error).split())[:300]}. Make its forward "
                 "independent of values (shapes are fine), or mark the helper that depends on them with torch.fx.wrap."
             ) from error
-    return _Structure(graph, dict(model.named_modules()), tracer.opaque)
+    return Structure(graph, dict(model.named_modules()), tracer.opaque)
 
 
 def conv_sites(model: nn.Module, example: Tensor) -> tuple[ConvSite, ...]:
@@ -164,7 +164,7 @@ def conv_sites(model: nn.Module, example: Tensor) -> tuple[ConvSite, ...]:
         model: a dense model.
         example: a batch of inputs [N, C, H, W] that the model takes.
     """
-    net = _trace(model)
+    net = trace(model)
     calls = Counter(node.target for node in net.graph.nodes if node.op == "call_module")
     measured = _measure(model, example)
     sites: dict[str, ConvSite] = {}
@@ -214,7 +214,35 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
             setattr(parent, child, new)
 
 
-def _norm_of(conv: fx.Node, net: _Structure, calls: Counter[Any]) -> tuple[str | None, fx.Node]:
+def gate_outputs(model: nn.Module, site: ConvSite, gate: ChannelGate) -> GatedConv:
+    """Put a gate behind a convolution of `model` and the normalisation that belongs to it, and return the three.
+
+    Where the normalisation was there is an `nn.Identity`, or the activation that was part of it.
+    """
+    conv: Any = site.conv
+    gate.to(device=conv.weight.device, dtype=conv.weight.dtype)
+    norm: nn.Module | None = None
+    if site.norm is not None:
+        norm = model.get_submodule(site.norm)
+        replace_module(model, site.norm, _detach_activation(norm))
+    gated = GatedConv(conv, norm, gate)
+    gate.train(conv.training)  # the convolution and the norm keep their own modes: frozen statistics stay frozen
+    gated.training = conv.training
+    replace_module(model, site.name, gated)
+    return gated
+
+
+def _detach_activation(norm: Any) -> nn.Module:
+    """What stays where a normalisation was moved away: nothing, or the activation that was part of it."""
+    if type(norm).__name__ not in NORMS_WITH_ACTIVATION:
+        return nn.Identity().train(norm.training)
+    rest = nn.Sequential(norm.drop, norm.act)
+    rest.training = norm.training
+    norm.drop, norm.act = nn.Identity().train(norm.training), nn.Identity().train(norm.training)
+    return rest
+
+
+def _norm_of(conv: fx.Node, net: Structure, calls: Counter[Any]) -> tuple[str | None, fx.Node]:
     """The normalisation that is the convolution's only reader, and the node behind which a gate would multiply."""
     if len(conv.users) == 1:
         reader = next(iter(conv.users))
@@ -232,7 +260,7 @@ def _shares_weights(module: nn.Module, others: Iterable[nn.Module]) -> bool:
     return any(id(p) in own for other in others if other is not module for p in other.parameters(recurse=False))
 
 
-def _mixes(node: fx.Node, net: _Structure) -> bool:
+def mixes(node: fx.Node, net: Structure) -> bool:
     """Whether each output of the node depends on many channels of its input, through weights or other values."""
     module = net.module(node)
     if module is not None:
@@ -243,26 +271,26 @@ def _mixes(node: fx.Node, net: _Structure) -> bool:
     return node.op == "call_method" and node.target in MIXING_METHODS
 
 
-def _reads_shape(node: fx.Node) -> bool:
+def reads_shape(node: fx.Node) -> bool:
     """Whether the node takes something else than values from its input."""
     if node.op == "call_method":
         return node.target in SHAPE_METHODS
     return node.target is getattr and node.args[1] in SHAPE_ATTRIBUTES
 
 
-def _reaches_output(start: fx.Node, net: _Structure) -> bool:
+def _reaches_output(start: fx.Node, net: Structure) -> bool:
     pending, seen = list(start.users), {start}
     while pending:
         node = pending.pop()
         if node.op == "output":
             return True
-        if node not in seen and not _mixes(node, net) and not _reads_shape(node):
+        if node not in seen and not mixes(node, net) and not reads_shape(node):
             pending.extend(node.users)
         seen.add(node)
     return False
 
 
-def _limit(start: fx.Node, net: _Structure) -> str:
+def _limit(start: fx.Node, net: Structure) -> str:
     """What stands between a gate and the readers of its channels and turns zeros into something else."""
     pending, seen = list(start.users), {start}
     activation = getattr(net.module(start), "act", None)
@@ -270,16 +298,16 @@ def _limit(start: fx.Node, net: _Structure) -> str:
         return _own_work_only(type(activation).__name__)
     while pending:
         node = pending.pop(0)
-        if node in seen or node.op == "output" or _reads_shape(node):
+        if node in seen or node.op == "output" or reads_shape(node):
             continue
         seen.add(node)
         module = net.module(node)
-        if _mixes(node, net) and node.target not in net.opaque:
+        if mixes(node, net) and node.target not in net.opaque:
             continue
         if module is not None and not isinstance(module, KEEPS_ZERO_MODULES):
             return _own_work_only(type(module).__name__)
         if module is None and not _keeps_zero(node):
-            return _own_work_only(_function_name(node))
+            return _own_work_only(function_name(node))
         pending.extend(node.users)
     return ""
 
@@ -288,19 +316,19 @@ def _own_work_only(name: str) -> str:
     return f"skips its own work only: {name} follows"
 
 
-def _makers(conv: fx.Node, net: _Structure) -> tuple[list[fx.Node], str]:
+def _makers(conv: fx.Node, net: Structure) -> tuple[list[fx.Node], str]:
     """The layers that make the map which a convolution reads, and why it must not be pruned, or an empty text."""
     makers, pending, seen = [], list(conv.all_input_nodes), {conv}
     while pending:
         node = pending.pop()
-        if node in seen or node.op == "get_attr" or _reads_shape(node):
+        if node in seen or node.op == "get_attr" or reads_shape(node):
             continue
         seen.add(node)
         if node.op == "placeholder":
             return [], "it reads the network's input"
-        if _sums_maps(node):
+        if sums_maps(node):
             return [], "it reads a sum with a shortcut"
-        if _mixes(node, net):
+        if mixes(node, net):
             makers.append(node)
         else:
             pending.extend(node.all_input_nodes)
@@ -312,18 +340,18 @@ def _makers(conv: fx.Node, net: _Structure) -> tuple[list[fx.Node], str]:
     return makers, "the map that it reads is a shortcut too" if sums else ""
 
 
-def _reached(starts: Iterable[fx.Node], net: _Structure) -> tuple[set[fx.Node], set[fx.Node]]:
+def _reached(starts: Iterable[fx.Node], net: Structure) -> tuple[set[fx.Node], set[fx.Node]]:
     """The layers and the sums of maps that read what `starts` make, with nothing between that mixes channels."""
     pending, seen = [user for start in starts for user in start.users], set()
     layers, sums = set(), set()
     while pending:
         node = pending.pop()
-        if node in seen or _reads_shape(node):
+        if node in seen or reads_shape(node):
             continue
         seen.add(node)
-        if _sums_maps(node):
+        if sums_maps(node):
             sums.add(node)
-        elif _mixes(node, net):
+        elif mixes(node, net):
             layers.add(node)
         else:
             pending.extend(node.users)
@@ -341,18 +369,18 @@ def _descendants(starts: Iterable[fx.Node], without: fx.Node) -> set[fx.Node]:
     return seen - {without}
 
 
-def _sums_maps(node: fx.Node) -> bool:
+def sums_maps(node: fx.Node) -> bool:
     """Whether the node adds one map to another."""
-    if node.op not in {"call_function", "call_method"} or _function_name(node) not in SUM_NAMES:
+    if node.op not in {"call_function", "call_method"} or function_name(node) not in SUM_NAMES:
         return False
     return all(isinstance(value, fx.Node) and value.op != "get_attr" for value in node.args[:2])
 
 
 def _keeps_zero(node: fx.Node) -> bool:
     """Whether a function or method gives zero wherever all the maps that it takes are zero."""
-    name = _function_name(node)
+    name = function_name(node)
     if name in SUM_NAMES:
-        return _sums_maps(node)
+        return sums_maps(node)
     if name in {"truediv", "div"}:
         return isinstance(node.args[0], fx.Node) and node.args[0].op != "get_attr"
     if name == "pad":
@@ -362,7 +390,8 @@ def _keeps_zero(node: fx.Node) -> bool:
     return name in KEEPS_ZERO_NAMES
 
 
-def _function_name(node: fx.Node) -> str:
+def function_name(node: fx.Node) -> str:
+    """Name of the function or method that a node calls."""
     target: Any = node.target
     return str(target if node.op == "call_method" else getattr(target, "__name__", target))
 

@@ -67,6 +67,9 @@ class MethodConfig(ABC):
     def place(self, model: nn.Module, sites: tuple[ConvSite, ...]) -> tuple[Place, ...]:
         """Put gates into `model` and say for each site what was done."""
 
+    def measure(self, model: Dynamic, example: Tensor) -> None:  # noqa: B027 (most methods need nothing)
+        """Learn from one input [1, C, H, W] what training needs to know of the converted model; nothing by default."""
+
     @abstractmethod
     def regularization(self, model: Dynamic) -> Tensor:
         """The method's loss term for the latest forward pass in training mode, a scalar."""

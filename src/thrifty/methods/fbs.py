@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from thrifty.conversion import Place
 from thrifty.density import Density, check_density, check_patterns, density_for, kept
 from thrifty.errors import ThriftyError
-from thrifty.gates import ChannelGate, GatedConv, LoweredGate, Pair, mean_magnitude, top_k_mask
-from thrifty.graph import NORMS_WITH_ACTIVATION, ConvSite, replace_module
+from thrifty.gates import ChannelGate, LoweredGate, Pair, mean_magnitude, top_k_mask
+from thrifty.graph import ConvSite, gate_outputs
 from thrifty.methods.base import MethodConfig, sampled_strength
 
 if TYPE_CHECKING:
@@ -167,18 +167,10 @@ class FBS(MethodConfig):
     def _gate(self, model: nn.Module, site: ConvSite) -> None:
         conv: Any = site.conv
         gate = FBSGate(conv.in_channels, conv.out_channels, self.density_for(site.name))
-        gate.to(device=conv.weight.device, dtype=conv.weight.dtype)
-        norm: Any = None
-        if site.norm is not None:
-            norm = model.get_submodule(site.norm)
-            replace_module(model, site.norm, _detach_activation(norm))
-        self._initialise(gate, norm)
-        gated = GatedConv(conv, norm, gate)
-        gate.train(conv.training)  # the convolution and the norm keep their own modes: frozen statistics stay frozen
-        gated.training = conv.training
-        if norm is not None:
+        gated = gate_outputs(model, site, gate)
+        self._initialise(gate, gated.norm)
+        if gated.norm is not None:
             gated.register_load_state_dict_post_hook(_after_load)
-        replace_module(model, site.name, gated)
 
     @torch.no_grad()
     def _initialise(self, gate: FBSGate, norm: Any) -> None:
@@ -252,16 +244,6 @@ def _overhead(shape: torch.Size, channels: int) -> int:
 
 def _gates(model: Dynamic) -> dict[str, FBSGate]:
     return {name: gate for name, gate in model.gates().items() if isinstance(gate, FBSGate)}
-
-
-def _detach_activation(norm: Any) -> nn.Module:
-    """What stays where a normalisation was moved away: nothing, or the activation that was part of it."""
-    if type(norm).__name__ not in NORMS_WITH_ACTIVATION:
-        return nn.Identity().train(norm.training)
-    rest = nn.Sequential(norm.drop, norm.act)
-    rest.training = norm.training
-    norm.drop, norm.act = nn.Identity().train(norm.training), nn.Identity().train(norm.training)
-    return rest
 
 
 def _freeze_signs(norm: Any) -> None:

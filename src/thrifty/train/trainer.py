@@ -259,8 +259,8 @@ class Trainer:
             "accuracy": at.correct / at.seen,
         }
         evaluated = self._evaluated()
-        if isinstance(evaluated, Dynamic):
-            row["density"] = evaluated.density
+        if isinstance(self.model, Dynamic):
+            row["density"] = self.model.density
         if len(self.validation):
             section = self.recipe.data
             held = loader.EvaluationLoader(self.validation, section.mean, section.std)

@@ -1,0 +1,317 @@
+"""What methods share that learn how much to spend: the MACs that gates leave, as a function of them, and a target.
+
+The objective is this project's own. For each input of a batch the executed MACs are a sum of products: of each layer
+its dense MACs times the open share of its outputs, of its inputs and of its block. Which gates a layer depends on is
+measured at conversion by closing one gate at a time. The share that an input leaves open counts as it is decided, while
+its gradient is that of the scores (straight-through). The loss term is
+
+    weight * ((ratio - goal)² + mean over gates of max(0, floor - share)²)
+
+with `ratio` the batch mean of executed over dense MACs, gates included, and `share` a gate's batch mean. In the first
+part `relax` of training, with p going from 0 to 1 in it, the goal descends from 1 to the target along
+1 + (target - 1) p, every gate is held above the floor goal * (1 - p), and shares are counted as
+(1 - p) * score + p * decision, so that gates part before decisions do all of the counting.
+
+The sum of products is exact where a layer reads maps of one gate, or of several side by side. Where a sum makes a
+map active that several gates could leave, it is linear in each of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from thrifty.blocks import Block, block_input, gate_block
+from thrifty.conversion import Place
+from thrifty.dynamic import decisions, hooked
+from thrifty.errors import ThriftyError
+from thrifty.gates import Gate, LayerGate
+from thrifty.macs import MacCount, count_macs
+from thrifty.methods.base import MethodConfig
+
+if TYPE_CHECKING:
+    from thrifty.dynamic import Dynamic
+    from thrifty.graph import ConvSite
+
+HIGHEST_THRESHOLD = 1 - 2**-20
+
+PROBE_VALUES = 8 * 3 * 224 * 224
+"""Values of the inputs that are probed at a time."""
+
+
+class Costs:
+    """Executed MACs over dense MACs as a polynomial of the gates' open shares, and where training stands.
+
+    Attributes:
+        factors: int64 [terms, factors]: numbers of gates; that behind the last stands for 1.
+        weights: float32 [terms], shares of the dense MACs.
+        progress: share of training done, in [0, 1].
+    """
+
+    def __init__(self, terms: Iterable[tuple[float, tuple[int, ...]]], gates: int) -> None:
+        terms = [term for term in terms if term[0]]
+        width = max((len(indices) for _, indices in terms), default=0)
+        rows = [[*indices, *[gates] * (width - len(indices))] for _, indices in terms]
+        self.factors = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), width)
+        self.weights = torch.tensor([weight for weight, _ in terms], dtype=torch.float32)
+        self.progress = 1.0
+
+    def ratio(self, shares: Tensor) -> Tensor:
+        """Executed over dense MACs, [N], of inputs that leave `shares` [N, gates] open."""
+        shares = torch.cat([shares, torch.ones_like(shares[:, :1])], 1)
+        product = self.weights.to(shares)[None]
+        for column in self.factors.T.to(shares.device):
+            product = product * shares[:, column]
+        return product.sum(1)
+
+
+class Budgeted(Gate):
+    """A gate that tells what it leaves open.
+
+    Attributes:
+        opened: of the latest forward pass in training, [N] each: the mean score, which has gradients, and the share
+            that was decided on.
+        costs: of the whole model, shared by its gates.
+    """
+
+    opened: tuple[Tensor, Tensor] | None = None
+    costs: Costs | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"opened": None}  # it belongs to one backward pass and can't be copied
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig(MethodConfig, ABC):
+    """Settings of a method that learns what to skip under a budget.
+
+    Attributes:
+        target: executed MACs over dense MACs, the mean of inputs, gates included, in (0, 1].
+        weight: of the budget's loss term.
+        relax: share of training in [0, 1] over which the target descends and gates are held open.
+        max_overhead: a gate is placed only if its MACs are at most this share of what it can skip by itself.
+    """
+
+    target: float = 0.5
+    weight: float = 50.0
+    relax: float = 1 / 3
+    max_overhead: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target <= 1:
+            raise ThriftyError(f"{self.name} target is {self.target!r}, but must be a share of MACs in (0, 1].")
+        if not 0 <= self.relax <= 1:
+            raise ThriftyError(f"{self.name} relax is {self.relax!r}, but must be a share of training in [0, 1].")
+        if self.weight < 0 or self.max_overhead < 0:
+            raise ThriftyError(f"{self.name} weight and max_overhead must not be negative.")
+
+    def measure(self, model: Dynamic, example: Tensor) -> None:
+        """Measure how MACs depend on each gate."""
+        gates = budgeted(model)
+        if not gates:
+            return
+        costs = _measure(model, example)
+        for gate in gates.values():
+            gate.costs = costs
+
+    def regularization(self, model: Dynamic) -> Tensor:
+        """The budget's loss term (see the module's text) for the latest forward pass in training mode."""
+        gates = [gate for gate in budgeted(model).values() if gate.opened is not None]
+        if not gates or gates[0].costs is None:
+            return torch.zeros(())
+        costs = gates[0].costs
+        scores, decided = (torch.stack([gate.opened[i] for gate in gates], 1) for i in (0, 1))  # type: ignore[index]
+        goal, floor, hard = self.bounds_at(costs.progress)
+        shares = scores + hard * (decided - scores).detach()
+        excess = costs.ratio(shares).mean() - goal
+        lacking = torch.relu(floor - shares.mean(0))
+        return self.weight * (excess.square() + lacking.square().mean())
+
+    def bounds_at(self, progress: float) -> tuple[float, float, float]:
+        """Goal of the MAC ratio, floor of each gate's share, and the share in which decisions count."""
+        done = min(1.0, progress / self.relax) if self.relax else 1.0
+        goal = 1 + (self.target - 1) * done
+        return goal, goal * (1 - done), done
+
+    def advance(self, model: Dynamic, progress: float) -> None:
+        """Put the objective's bounds where they are when the share `progress` in [0, 1] of training is done."""
+        for gate in budgeted(model).values():
+            if gate.costs is not None:
+                gate.costs.progress = progress
+
+    def set_density(self, model: Dynamic, density: float | Mapping[str, float]) -> None:
+        """There is no density to set: gates decide by scores.
+
+        Raises:
+            ThriftyError: always.
+        """
+        raise ThriftyError(f"{self.name} has no density to set: gates decide by scores. Use set_budget instead.")
+
+    def density_of(self, model: Dynamic) -> float:
+        """Share of channels and layers that were open for the latest batch in training, mean over gates; 1 before."""
+        shares = [gate.opened[1].mean() for gate in budgeted(model).values() if gate.opened is not None]
+        return torch.stack(shares).mean().item() if shares else 1.0
+
+    def gate_layers(
+        self,
+        model: nn.Module,
+        sites: tuple[ConvSite, ...],
+        blocks: tuple[Block, ...],
+        make: Callable[[Block, int], LayerGate],
+    ) -> GatedLayers:
+        """Gate every block that can take it with what `make` gives for the block and its number of input channels."""
+        gated = GatedLayers()
+        for block in blocks:
+            shape, macs = block_input(model, block, sites)
+            reason = block.refused
+            if not reason and shape is None:
+                reason = f"the input of {block.entry} is not known"
+            if not reason and not self.selects(block.name, _module(model, block)):
+                reason = "not selected by where="
+            if not reason and shape is not None and shape.numel() + shape[0] > self.max_overhead * macs:
+                reason = "its gate would cost too large a share of its MACs"
+            if not reason and shape is not None:
+                gate = make(block, shape[0])
+                gated.overhead[next(site.name for site in sites if site.name in block.members)] = gate.overhead(
+                    torch.Size((1, *shape))
+                )
+                gate_block(model, block, gate)
+                gated.skipped.update(block.members)
+            gated.notes.update(dict.fromkeys(block.members, f"block {block.name}: {reason or 'layer gate'}"))
+        return gated
+
+    def set_strength(self, model: Dynamic, strength: float) -> None:
+        """Put every gate's threshold there: at 0 gates decide as they learned to, at 1 almost none opens."""
+        self.set_threshold(model, min(strength, HIGHEST_THRESHOLD))
+
+    @abstractmethod
+    def set_threshold(self, model: Dynamic, threshold: float) -> None:
+        """Open from now on only what scores above `threshold` in [0, 1)."""
+
+
+@dataclass(frozen=True)
+class GatedLayers:
+    """What became of a model's residual blocks.
+
+    Attributes:
+        skipped: names of the layers that a layer gate may skip.
+        notes: by name of the layer, whether its block is gated and why not.
+        overhead: MACs of each layer gate, by name of its block's first convolution.
+    """
+
+    skipped: set[str] = field(default_factory=set)
+    notes: dict[str, str] = field(default_factory=dict)
+    overhead: dict[str, int] = field(default_factory=dict)
+
+    def place(self, site: ConvSite, gated: bool, note: str = "", gate_macs: int = 0) -> Place:
+        """The report of a convolution, given what is to be said of its own gate."""
+        notes = "; ".join(filter(None, (self.notes.get(site.name, ""), note)))
+        return Place(site.name, gated, notes, site.macs, gate_macs + self.overhead.get(site.name, 0))
+
+
+def _module(model: nn.Module, block: Block) -> nn.Module:
+    """The module of a block's name, or the first of its branch where there is none."""
+    path = block.name if block.name in dict(model.named_modules()) else block.entry
+    return model.get_submodule(path)
+
+
+def budgeted(model: Dynamic) -> dict[str, Budgeted]:
+    """The model's gates that tell what they leave open, by name."""
+    return {name: gate for name, gate in model.gates().items() if isinstance(gate, Budgeted)}
+
+
+def open_shares(model: nn.Module, batches: Iterable[Any]) -> dict[str, float]:
+    """Of each gate, by name, how often its layers ran, or the mean share of channels that it left open.
+
+    Args:
+        model: a dynamic model.
+        batches: a batch [N, C, H, W], or a loader of batches or of (batch, labels) pairs.
+
+    Raises:
+        ThriftyError: the model is dense, or there is no input.
+    """
+    sums: dict[str, float] = {}
+    count = 0
+    for batch in [batches] if isinstance(batches, Tensor) else batches:
+        x = batch if isinstance(batch, Tensor) else batch[0]
+        count += len(x)
+        for name, decision in decisions(model, x).items():
+            kept = decision.layer if decision.channels is None else decision.channels.double().mean(1)
+            if kept is not None:
+                sums[name] = sums.get(name, 0.0) + kept.double().sum().item()
+    if not count:
+        raise ThriftyError("there are no inputs to decide on. Give at least one.")
+    return {name: total / count for name, total in sums.items()}
+
+
+def _measure(model: Dynamic, example: Tensor) -> Costs:
+    """How the MACs depend on each gate, from passes in which one gate after the other is closed, channels by half."""
+    gates = model.gates()
+    names = [name for name, gate in gates.items() if isinstance(gate, Budgeted)]
+    closed: dict[str, float] = {}
+
+    def forcing(gate: Gate, row: int | None) -> Any:
+        name = next(name for name, other in gates.items() if other is gate)
+
+        def hook(_gate: Gate, _inputs: object, output: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+            kept = torch.ones_like(output[1])
+            if row is not None:
+                kept[row] = False
+                if kept.ndim > 1:
+                    kept[row, : kept.shape[1] // 2] = True
+                closed[name] = 1 - kept[row].double().mean().item()
+            return kept.to(output[0].dtype), kept
+
+        return hook
+
+    def count(rows: dict[str, int], size: int) -> MacCount:
+        handles = [gates[name].register_forward_hook(forcing(gates[name], rows.get(name))) for name in names]
+        with hooked(handles):
+            return count_macs(model, example[:1].expand(size, *example.shape[1:]).contiguous())
+
+    dense = count({}, 1)
+    chunk = max(1, PROBE_VALUES // example[0].numel())
+    drops: dict[str, dict[str, float]] = {}
+    for start in range(0, len(names), chunk):
+        rows = {name: row for row, name in enumerate(names[start : start + chunk])}
+        probed = count(rows, len(rows))
+        for name, row in rows.items():
+            drops[name] = {
+                layer: (1 - macs[row].item() / dense.layers[layer].item()) / closed[name]
+                for layer, macs in probed.layers.items()
+                if dense.layers[layer]
+            }
+    number = {name: place for place, name in enumerate(names)}
+    blocks = {gate.block: gate for gate in gates.values() if isinstance(gate, LayerGate)}
+    terms: list[tuple[float, tuple[int, ...]]] = []
+    for layer, macs in dense.layers.items():
+        share = macs.item() / model.conversion.total_macs
+        own = [name for name, gate in blocks.items() if layer in gate.members]
+        own += [layer] if layer in number and layer not in blocks else []
+        read = {name: drops[name].get(layer, 0.0) for name in names if name not in own}
+        terms += _terms(share, [number[name] for name in own], {number[k]: v for k, v in read.items() if v > 1e-9})
+    for name, macs in dense.gates.items():
+        own = [block for block, gate in blocks.items() if name in gate.members and block in number]
+        terms.append((macs.item() / model.conversion.total_macs, tuple(number[block] for block in own)))
+    return Costs(terms, len(names))
+
+
+def _terms(share: float, own: list[int], read: dict[int, float]) -> list[tuple[float, tuple[int, ...]]]:
+    """A layer's cost `share` times the shares of the gates `own`, times that of its inputs which is left.
+
+    Args:
+        share: what it costs with all gates open.
+        own: gates of the layer and of its block.
+        read: by gate, which share of the inputs it can close.
+    """
+    total = sum(read.values())
+    if total > 1 + 1e-6:  # each of them closes what others close too
+        return [(share, (*own, *read))]
+    inputs = [(share * part, (*own, gate)) for gate, part in read.items()]
+    rest = 1 - total
+    return [*inputs, (share * rest, tuple(own))] if rest > 1e-9 else inputs
