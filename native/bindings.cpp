@@ -95,7 +95,8 @@ Loaded load(nb::handle buffers, nb::handle operators, nb::handle output) {
     for (nb::handle shape : sequence(buffers, "buffers")) loaded.source.buffers.push_back(integers(shape, "a buffer's shape"));
     for (nb::handle item : sequence(operators, "operators")) {
         const nb::sequence fields = sequence(item, "an operator");
-        if (nb::len(fields) != 6) fail("an operator must have six fields: kind, name, inputs, output, attributes, tensors");
+        if (nb::len(fields) != 7)
+            fail("an operator must have seven fields: kind, name, inputs, output, attributes, tensors, guard");
         thrifty::OperatorSource op;
         op.kind = value<std::string>(fields[0], "an operator's kind");
         op.name = value<std::string>(fields[1], "an operator's name");
@@ -107,6 +108,7 @@ Loaded load(nb::handle buffers, nb::handle operators, nb::handle output) {
             const auto name = value<std::string>(role, "a tensor's role");
             op.tensors[name] = tensor(array, name, loaded.arrays);
         }
+        op.guard = integer(fields[6], "an operator's guard");
         loaded.source.operators.push_back(std::move(op));
     }
     loaded.source.output = integer(output, "output");
@@ -183,11 +185,8 @@ public:
             gate_ms.append(op.gate_ms);
             macs.append(numpy(std::move(op.macs), images.count));
             gate_macs.append(numpy(std::move(op.gate_macs), images.count));
-            kernels.append(engine_.kernel(i));
-            if (gated(i)) {
-                const nb::object array = numpy(std::move(op.decisions), images.count, channels(i));
-                decided[nb::int_(i)] = array.attr("view")("bool");
-            }
+            kernels.append(op.kernel);
+            if (gated(i)) decided[nb::int_(i)] = decisions_of(op, i, images.count);
         }
         nb::dict result;
         result["total_ms"] = trace.ms;
@@ -200,13 +199,48 @@ public:
         return result;
     }
 
+    // The settings of a gate by their names in programs.
+    nb::dict settings(std::size_t place) const {
+        if (place >= engine_.program().operators.size()) fail("there is no operator " + std::to_string(place));
+        const thrifty::GateSettings found = engine_.settings(place);
+        nb::dict result;
+        switch (engine_.program().operators[place].gate) {
+            case thrifty::Gate::none: break;
+            case thrifty::Gate::topk: result["winners"] = found.channels; break;
+            case thrifty::Gate::attention:
+                result["kept_channels"] = found.channels;
+                result["kept_columns"] = found.columns;
+                break;
+            case thrifty::Gate::clip:
+            case thrifty::Gate::layer: result["threshold"] = found.threshold; break;
+        }
+        return result;
+    }
+
     thrifty::Engine& engine() { return engine_; }
 
 private:
-    bool gated(std::size_t i) const { return engine_.program().operators[i].gated; }
-    int channels(std::size_t i) const {
-        const auto& program = engine_.program();
-        return program.buffers[static_cast<std::size_t>(program.operators[i].output)].channels;
+    bool gated(std::size_t i) const { return engine_.program().operators[i].gate != thrifty::Gate::none; }
+
+    // (channels [N, C], columns [N, H, W], layer [N]), None for axes that are not decided.
+    nb::object decisions_of(thrifty::OperatorTrace& op, std::size_t i, std::int64_t images) const {
+        const thrifty::Shape& x = engine_.program().buffers[static_cast<std::size_t>(engine_.program().operators[i].inputs[0])];
+        nb::list found;
+        for (std::size_t axis = 0; axis < thrifty::axes; ++axis) {
+            const int marks = op.marks[axis];
+            if (!marks) {
+                found.append(nb::none());
+                continue;
+            }
+            nb::object array;
+            switch (static_cast<thrifty::Axis>(axis)) {
+                case thrifty::Axis::channels: array = numpy(std::move(op.decisions[axis]), images, marks); break;
+                case thrifty::Axis::columns: array = numpy(std::move(op.decisions[axis]), images, x.height, x.width); break;
+                case thrifty::Axis::layer: array = numpy(std::move(op.decisions[axis]), images); break;
+            }
+            found.append(array.attr("view")("bool"));
+        }
+        return nb::tuple(found);
     }
 
     thrifty::Images images_of(const Array& x, bool channels_last) const {
@@ -241,19 +275,26 @@ private:
     thrifty::Forced forced_of(nb::handle decisions, std::int64_t count, std::vector<Array>& kept) const {
         thrifty::Forced forced;
         if (decisions.is_none()) return forced;
-        forced.resize(engine_.program().operators.size(), nullptr);
+        forced.resize(engine_.program().operators.size(), {});
         for (auto [key, object] : dict(decisions, "decisions")) {
             const std::int64_t place = integer(key, "an operator's place in decisions");
             const auto i = static_cast<std::size_t>(place);
-            if (place < 0 || i >= forced.size() || !gated(i)) fail("operator " + std::to_string(place) + " in decisions is no gated convolution");
-            Array array;
-            if (!nb::try_cast<Array>(object, array) || array.dtype() != nb::dtype<bool>() || array.ndim() != 2 ||
-                static_cast<std::int64_t>(array.shape(0)) != count || static_cast<int>(array.shape(1)) != channels(i) ||
-                (count > 0 && !contiguous(array)))
-                fail("the decisions of operator " + std::to_string(place) + " must be bool [" + std::to_string(count) + ", " +
-                     std::to_string(channels(i)) + "], contiguous");
-            forced[i] = static_cast<const std::uint8_t*>(array.data());
-            kept.push_back(std::move(array));
+            if (place < 0 || i >= forced.size() || !gated(i)) fail("operator " + std::to_string(place) + " in decisions has no gate");
+            const nb::sequence given = sequence(object, "a decision");
+            if (nb::len(given) != thrifty::axes) fail("a decision must have three parts: channels, columns, layer");
+            const auto marks = thrifty::decided(engine_.program(), engine_.program().operators[i], engine_.settings(i));
+            for (std::size_t axis = 0; axis < thrifty::axes; ++axis) {
+                const nb::object part = given[axis];
+                if (part.is_none()) continue;
+                Array array;
+                if (!marks[axis] || !nb::try_cast<Array>(part, array) || array.dtype() != nb::dtype<bool>() || array.ndim() < 1 ||
+                    static_cast<std::int64_t>(array.shape(0)) != count ||
+                    static_cast<std::int64_t>(array.size()) != count * marks[axis] || (count > 0 && !contiguous(array)))
+                    fail("the decisions of operator " + std::to_string(place) + " must be bool, " + std::to_string(count) + " times " +
+                         std::to_string(marks[axis]) + " values, contiguous");
+                forced[i][axis] = static_cast<const std::uint8_t*>(array.data());
+                kept.push_back(std::move(array));
+            }
         }
         return forced;
     }
@@ -295,11 +336,10 @@ NB_MODULE(_native, m) {
              "operators"_a, "output"_a, "threads"_a = 1, "limits"_a = nb::none(), "mean"_a = nb::none(), "std"_a = nb::none())
         .def("run", &PyEngine::run, "x"_a, "out"_a.noconvert(), "decisions"_a = nb::none(), "channels_last"_a = false)
         .def("trace", &PyEngine::trace, "x"_a, "out"_a.noconvert(), "decisions"_a = nb::none(), "channels_last"_a = false)
-        .def("set_winners", [](PyEngine& self, std::int64_t place, std::int64_t k) { self.engine().set_winners(place, k); }, "place"_a, "winners"_a)
-        .def("winners", [](PyEngine& self, std::size_t place) {
-            if (place >= self.engine().program().operators.size()) fail("there is no operator " + std::to_string(place));
-            return self.engine().winners(place);
-        }, "place"_a)
+        .def("set", [](PyEngine& self, std::int64_t place, const std::string& name, double value) {
+            self.engine().set(place, name, value);
+        }, "place"_a, "name"_a, "value"_a)
+        .def("settings", &PyEngine::settings, "place"_a)
         .def("fill_memory", [](PyEngine& self, float value) { self.engine().fill_memory(value); }, "value"_a)
         .def_prop_ro("threads", [](PyEngine& self) { return self.engine().threads(); })
         .def_prop_ro("isa", [](PyEngine& self) { return self.engine().isa(); })

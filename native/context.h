@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <new>
@@ -52,40 +53,54 @@ public:
         }
     }
 
+    void fill(bool active) {
+        std::fill(mask_.begin(), mask_.end(), active);
+        list();
+    }
+
 private:
     std::vector<std::uint8_t> mask_;
     std::vector<int> index_;
     int count_ = 0;
 };
 
+// Decisions of one operator, by Axis: `decided` marks each; null: none on that axis.
+using Marks = std::array<const std::uint8_t*, axes>;
+
 // One operator's share of a trace of one image.
 struct StepTrace {
     double ms = 0, gate_ms = 0;
     std::int64_t macs = 0, gate_macs = 0;  // macs: without the gate's
-    const std::uint8_t* computed = nullptr;  // [channels] of a gated convolution, until the next image
+    Marks decisions{};                     // of its gate, until the next operator runs
+    const char* kernel = nullptr;          // where it is not the usual one
 };
 
 // What a step needs of a context for itself, while it runs. A context has the largest of each over all steps.
 struct Needs {
     std::size_t scratch = 0;   // floats of each thread
     std::size_t aside = 0;     // floats, shared by the threads
-    std::size_t entries = 0;   // of lists of channels or features
+    std::size_t entries = 0;   // of lists of channels, features or positions
 
     void cover(const Needs& other) {
         scratch = std::max(scratch, other.scratch);
         aside = std::max(aside, other.aside);
         entries = std::max(entries, other.entries);
     }
+    std::size_t bytes() const;
 };
+
+inline std::size_t Needs::bytes() const {
+    return (scratch + aside) * sizeof(float) + entries * (sizeof(int) + sizeof(std::uint8_t) + sizeof(Run));
+}
 
 struct Context {
     Context(const Plan& plan, const Needs& needs);
 
     Floats arena, aside, scratch;
     std::vector<Activity> activities;  // per buffer, of size 0 where it is not sparse
-    std::vector<int> winners;          // per operator, as they stood when the call began
+    std::vector<GateSettings> settings;  // per operator, as they stood when the call began
     std::vector<int> indices;
-    std::vector<std::uint8_t> computed;
+    std::vector<std::uint8_t> marks;
     std::vector<Run> runs;
 };
 

@@ -53,9 +53,12 @@ public:
                     contexts_.push_back(std::move(state_.contexts.back()));
                     state_.contexts.pop_back();
                 }
-                auto& winners = contexts_.back()->winners;
-                winners.resize(engine.steps_.size());
-                for (std::size_t i = 0; i < winners.size(); ++i) winners[i] = engine.winners_[i].load(std::memory_order_relaxed);
+                auto& settings = contexts_.back()->settings;
+                settings.resize(engine.steps_.size());
+                // All contexts of a call work with the same settings.
+                if (contexts_.size() > 1) settings = contexts_.front()->settings;
+                else
+                    for (std::size_t i = 0; i < settings.size(); ++i) settings[i] = engine.settings(i);
             }
             state_.contexts.reserve(state_.contexts.size() + contexts_.size());
         } catch (...) {
@@ -87,7 +90,7 @@ private:
 Engine::Engine(const Source& source, const Limits& limits, int threads, Normalisation normalisation)
     : kernels_(kernels()), limits_(limits), threads_(threads), program_(validate(source, limits)),
       plan_(make_plan(program_, limits)), normalisation_(std::move(normalisation)),
-      winners_(std::make_unique<std::atomic<int>[]>(program_.operators.size())) {
+      settings_(std::make_unique<LiveSettings[]>(program_.operators.size())) {
     if (threads < 1 || threads > max_threads)
         throw std::invalid_argument("threads is " + std::to_string(threads) + ", but must be in [1, " +
                                     std::to_string(max_threads) + "].");
@@ -98,11 +101,11 @@ Engine::Engine(const Source& source, const Limits& limits, int threads, Normalis
     for (std::size_t i = 0; i < program_.operators.size(); ++i) {
         steps_.push_back(make_step(program_, plan_, i, kernels_));
         needs_.cover(steps_.back()->needs());
-        winners_[i].store(program_.operators[i].winners);
+        store(i, program_.operators[i].settings);
     }
-    if (static_cast<std::int64_t>(needs_.scratch) > limits.memory / 4)
-        throw std::invalid_argument("one operator works in " + std::to_string(needs_.scratch * 4) +
-                                    " bytes, more than the limit of " + std::to_string(limits.memory) + ".");
+    if (static_cast<std::int64_t>(needs_.bytes()) > limits.memory)
+        throw std::invalid_argument("operators work in " + std::to_string(needs_.bytes()) +
+                                    " bytes beside their buffers, more than the limit of " + std::to_string(limits.memory) + ".");
     fork_generation();  // from here on forks are seen
 }
 
@@ -124,19 +127,21 @@ Engine::State& Engine::state() {
 
 void Engine::run(const Images& images, float* out, const Forced& forced, Trace* trace) {
     const auto start = Clock::now();
+    if (images.count <= 0 && !trace) return;
+    const Lease lease(*this, trace ? 1 : images.count);
     if (trace) {
         trace->operators.assign(steps_.size(), {});
         for (std::size_t i = 0; i < steps_.size(); ++i) {
             OperatorTrace& op = trace->operators[i];
             op.macs.resize(static_cast<std::size_t>(images.count));
             op.gate_macs.resize(static_cast<std::size_t>(images.count));
-            if (program_.operators[i].gated)
-                op.decisions.resize(static_cast<std::size_t>(images.count * program_.buffers[static_cast<std::size_t>(program_.operators[i].output)].channels));
+            op.kernel = steps_[i]->kernel();
+            op.marks = decided(program_, program_.operators[i], lease.context().settings[i]);
+            for (std::size_t axis = 0; axis < axes; ++axis)
+                op.decisions[axis].resize(static_cast<std::size_t>(images.count * op.marks[axis]));
         }
     }
-    if (images.count <= 0) return;
     const FlushDenormals flush;
-    const Lease lease(*this, trace ? 1 : images.count);
     std::int64_t done = 0;
     if (lease.pool() && !trace && images.count >= threads_) {
         done = images.count - images.count % threads_;
@@ -165,26 +170,45 @@ void Engine::one(const Images& images, std::int64_t image, float* out, Context& 
                  const Forced& forced, Trace* trace) const {
     read_input(images, image, context, team);
     for (std::size_t i = 0; i < steps_.size(); ++i) {
-        const auto channels = program_.buffers[static_cast<std::size_t>(program_.operators[i].output)].channels;
         Call call{context, team};
-        if (i < forced.size() && forced[i]) call.forced = forced[i] + image * channels;
+        if (i < forced.size()) {
+            const auto marks = decided(program_, program_.operators[i], {});
+            for (std::size_t axis = 0; axis < axes; ++axis)
+                if (forced[i][axis]) call.forced[axis] = forced[i][axis] + image * marks[axis];
+        }
         if (!trace) {
-            steps_[i]->run(call);
+            step(i, call);
             continue;
         }
-        StepTrace step;
-        call.trace = &step;
+        StepTrace found;
+        call.trace = &found;
         const auto start = Clock::now();
-        steps_[i]->run(call);
+        step(i, call);
         OperatorTrace& op = trace->operators[i];
         op.ms += ms_since(start);
-        op.gate_ms += step.gate_ms;
-        op.macs[static_cast<std::size_t>(image)] = step.macs;
-        op.gate_macs[static_cast<std::size_t>(image)] = step.gate_macs;
-        if (step.computed) std::memcpy(op.decisions.data() + image * channels, step.computed, static_cast<std::size_t>(channels));
+        op.gate_ms += found.gate_ms;
+        op.macs[static_cast<std::size_t>(image)] = found.macs;
+        op.gate_macs[static_cast<std::size_t>(image)] = found.gate_macs;
+        if (found.kernel) op.kernel = found.kernel;
+        for (std::size_t axis = 0; axis < axes; ++axis) {
+            const auto marks = static_cast<std::size_t>(op.marks[axis]);
+            if (found.decisions[axis] && marks)
+                std::memcpy(op.decisions[axis].data() + static_cast<std::size_t>(image) * marks, found.decisions[axis], marks);
+        }
     }
     const auto& shape = program_.buffers[static_cast<std::size_t>(program_.output)];
     write_output(out + image * shape.size(), context, team);
+}
+
+void Engine::step(std::size_t place, const Call& call) const {
+    const Operator& op = program_.operators[place];
+    if (op.guard < 0) return steps_[place]->run(call);
+    auto& activities = call.context.activities;
+    const bool runs = activities[static_cast<std::size_t>(op.guard)].mask()[0];
+    const Layout& out = plan_.buffers[static_cast<std::size_t>(op.output)];
+    if (out.sparse && (out.whole || !runs)) activities[static_cast<std::size_t>(op.output)].fill(runs);
+    if (runs) steps_[place]->run(call);
+    else steps_[place]->skip(call);
 }
 
 void Engine::read_input(const Images& images, std::int64_t image, Context& context, Team& team) const {
@@ -226,17 +250,27 @@ void Engine::write_output(float* out, const Context& context, Team& team) const 
     });
 }
 
-void Engine::set_winners(std::int64_t place, std::int64_t winners) {
-    if (place < 0 || place >= static_cast<std::int64_t>(program_.operators.size()) || !program_.operators[static_cast<std::size_t>(place)].gated)
-        throw std::invalid_argument("operator " + std::to_string(place) + " is no gated convolution.");
-    const Operator& op = program_.operators[static_cast<std::size_t>(place)];
-    const int channels = program_.buffers[static_cast<std::size_t>(op.output)].channels;
-    if (winners < 1 || winners > channels)
-        throw std::invalid_argument("winners is " + std::to_string(winners) + ", but must be in [1, " + std::to_string(channels) + "].");
-    winners_[static_cast<std::size_t>(place)].store(static_cast<int>(winners), std::memory_order_relaxed);
+void Engine::set(std::int64_t place, const std::string& name, double value) {
+    if (place < 0 || place >= static_cast<std::int64_t>(program_.operators.size()))
+        throw std::invalid_argument("there is no operator " + std::to_string(place) + ".");
+    const auto i = static_cast<std::size_t>(place);
+    const Operator& op = program_.operators[i];
+    GateSettings changed = settings(i);
+    thrifty::set(changed, program_, op, name, value);
+    store(i, changed);
 }
 
-int Engine::winners(std::size_t place) const { return winners_[place].load(std::memory_order_relaxed); }
+void Engine::store(std::size_t place, const GateSettings& settings) {
+    settings_[place].channels.store(settings.channels, std::memory_order_relaxed);
+    settings_[place].columns.store(settings.columns, std::memory_order_relaxed);
+    settings_[place].threshold.store(settings.threshold, std::memory_order_relaxed);
+}
+
+GateSettings Engine::settings(std::size_t place) const {
+    const LiveSettings& live = settings_[place];
+    return {live.channels.load(std::memory_order_relaxed), live.columns.load(std::memory_order_relaxed),
+            live.threshold.load(std::memory_order_relaxed)};
+}
 
 void Engine::fill_memory(float value) {
     State& found = state();

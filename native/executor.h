@@ -1,6 +1,7 @@
 // Runs a program on images, on threads of its own.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -32,7 +33,10 @@ struct Normalisation {
 struct OperatorTrace {
     double ms = 0, gate_ms = 0;                 // over all images
     std::vector<std::int64_t> macs, gate_macs;  // per image; macs without the gate's
-    std::vector<std::uint8_t> decisions;        // [images, output channels] of a gated convolution, else empty
+    const char* kernel = "";
+    std::array<int, axes> marks{};              // by Axis, as `decided` says
+    // [images, marks] by Axis.
+    std::array<std::vector<std::uint8_t>, axes> decisions;
 };
 
 struct Trace {
@@ -40,8 +44,8 @@ struct Trace {
     std::vector<OperatorTrace> operators;
 };
 
-// Decisions [images, output channels] that replace a gate's own, per operator; null: the gate decides.
-using Forced = std::vector<const std::uint8_t*>;
+// Decisions [images, marks of the axis] that replace a gate's own, per operator; null: the gate decides.
+using Forced = std::vector<Marks>;
 
 // Several threads may call one engine at the same time: the first has the pool, others work alone meanwhile. The bits
 // of an answer depend on the image, the decisions and the instruction set only.
@@ -56,9 +60,9 @@ public:
     // `out`: [N, C, H, W] of the program's output, contiguous. A trace is taken image by image, all threads on each.
     void run(const Images& images, float* out, const Forced& forced = {}, Trace* trace = nullptr);
 
-    // Winners of a gated convolution, for calls that begin after. Throws std::invalid_argument.
-    void set_winners(std::int64_t place, std::int64_t winners);
-    int winners(std::size_t place) const;
+    // A setting of a gate, by its name in programs, for calls that begin after. Throws std::invalid_argument.
+    void set(std::int64_t place, const std::string& name, double value);
+    GateSettings settings(std::size_t place) const;
 
     // Overwrites the memory that activations lie in while no call runs: whatever a call reads, it must have written.
     void fill_memory(float value);
@@ -66,7 +70,6 @@ public:
     const Program& program() const { return program_; }
     int threads() const { return threads_; }
     const char* isa() const { return kernels_.isa; }
-    const char* kernel(std::size_t place) const { return steps_[place]->kernel(); }
     std::size_t arena_bytes() const { return plan_.arena * sizeof(float); }
     bool normalises() const { return !normalisation_.scale.empty(); }
 
@@ -76,9 +79,17 @@ private:
     struct State;   // what a fork leaves unusable
     class Lease;    // a context, or the pool, for the time of a call
 
+    struct LiveSettings {
+        std::atomic<int> channels, columns;
+        std::atomic<double> threshold;
+    };
+
     State& state();
+    void store(std::size_t place, const GateSettings& settings);
     void one(const Images& images, std::int64_t image, float* out, Context& context, Team& team, const Forced& forced,
              Trace* trace) const;
+    // Runs an operator where its guard lets it.
+    void step(std::size_t place, const Call& call) const;
     void read_input(const Images& images, std::int64_t image, Context& context, Team& team) const;
     void write_output(float* out, const Context& context, Team& team) const;
 
@@ -90,7 +101,7 @@ private:
     Normalisation normalisation_;
     std::vector<std::unique_ptr<Step>> steps_;
     Needs needs_;
-    std::unique_ptr<std::atomic<int>[]> winners_;
+    std::unique_ptr<LiveSettings[]> settings_;
     std::atomic<State*> state_{nullptr};
 };
 

@@ -21,7 +21,8 @@ bool sparse_after(const Operator& op, const std::vector<Layout>& buffers) {
     const auto sparse = [&](int buffer) { return buffers[static_cast<std::size_t>(buffer)].sparse; };
     if (!keeps_zero(op.activation)) return false;
     switch (op.kind) {
-        case Kind::conv: return op.gated && (op.inputs.size() < 2 || sparse(op.inputs[1]));
+        case Kind::conv:
+            return (op.gate == Gate::topk || op.gate == Gate::clip) && (op.inputs.size() < 2 || sparse(op.inputs[1]));
         case Kind::linear:
         case Kind::layer_norm: return false;
         case Kind::affine: return !op.shift && sparse(op.inputs[0]);
@@ -31,8 +32,16 @@ bool sparse_after(const Operator& op, const std::vector<Layout>& buffers) {
         case Kind::add: return sparse(op.inputs[0]) && sparse(op.inputs[1]);
         case Kind::mul:
         case Kind::concat: return std::any_of(op.inputs.begin(), op.inputs.end(), sparse);
+        case Kind::layer_gate: return true;
         default: return sparse(op.inputs[0]);
     }
+}
+
+// Whether a guard can leave channels inactive: all, or of a convolution with a residual those that are in it.
+bool sparse_by_guard(const Operator& op, const std::vector<Layout>& buffers) {
+    if (op.guard < 0) return false;
+    if (op.kind != Kind::conv || op.inputs.size() < 2) return true;
+    return keeps_zero(op.activation) && buffers[static_cast<std::size_t>(op.inputs[1])].sparse;
 }
 
 struct Life {
@@ -73,11 +82,13 @@ Plan make_plan(const Program& program, const Limits& limits) {
         const Operator& op = program.operators[i];
         Layout& out = plan.buffers[static_cast<std::size_t>(op.output)];
         const Layout& in = plan.buffers[static_cast<std::size_t>(op.inputs[0])];
-        out.sparse = sparse_after(op, plan.buffers);
+        out.whole = !sparse_after(op, plan.buffers);
+        out.sparse = !out.whole || sparse_by_guard(op, plan.buffers);
         out.granule = op.kind == Kind::flatten ? static_cast<int>(in.shape.pixels()) * in.granule : 1;
         if (op.kind == Kind::activation || op.kind == Kind::affine) out.granule = in.granule;
         lives[static_cast<std::size_t>(op.output)] = {static_cast<int>(i), static_cast<int>(i)};
         for (const int input : op.inputs) lives[static_cast<std::size_t>(input)].last = static_cast<int>(i);
+        if (op.guard >= 0) lives[static_cast<std::size_t>(op.guard)].last = static_cast<int>(i);
         if (op.kind == Kind::conv) {
             Padding& halo = plan.buffers[static_cast<std::size_t>(op.inputs[0])].halo;
             halo.top = std::max(halo.top, op.padding.top);

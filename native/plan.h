@@ -16,6 +16,7 @@ struct Layout {
     std::ptrdiff_t plane = 0;  // floats from channel to channel
     std::ptrdiff_t offset = 0; // of channel 0, row 0, column 0 in the arena
     bool sparse = false;       // channels may be inactive, by the decisions of an image
+    bool whole = false;        // sparse by its operator's guard alone: all channels are active where that runs
     int granule = 1;           // so many neighbouring channels share their activity
 
     Map map(float* arena) const { return {arena + offset, shape.channels, shape.height, shape.width, row, plane}; }

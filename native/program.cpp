@@ -29,7 +29,8 @@ struct Spec {
 
 const Spec specs[] = {
     {"conv", Kind::conv, -1,
-     {"stride", "padding", "dilation", "groups", "activation", "slope", "gate", "winners"},
+     {"stride", "padding", "dilation", "groups", "activation", "slope", "gate", "winners", "threshold",
+      "kept_channels", "kept_columns", "scaled"},
      {"weight", "bias", "gate_weight", "gate_bias"}},
     {"linear", Kind::linear, 1, {"activation", "slope"}, {"weight", "bias"}},
     {"affine", Kind::affine, 1, {"activation", "slope"}, {"scale", "shift"}},
@@ -45,6 +46,7 @@ const Spec specs[] = {
     {"pad", Kind::pad, 1, {"padding", "value"}, {}},
     {"layer_norm", Kind::layer_norm, 1, {"epsilon"}, {"weight", "bias"}},
     {"flatten", Kind::flatten, 1, {}, {}},
+    {"layer_gate", Kind::layer_gate, 1, {"threshold"}, {"weight", "bias"}},
 };
 
 constexpr std::pair<std::string_view, Activation> activations[] = {
@@ -52,6 +54,10 @@ constexpr std::pair<std::string_view, Activation> activations[] = {
     {"leaky_relu", Activation::leaky_relu}, {"silu", Activation::silu}, {"gelu", Activation::gelu},
     {"gelu_tanh", Activation::gelu_tanh}, {"hardswish", Activation::hardswish}, {"sigmoid", Activation::sigmoid},
     {"hardsigmoid", Activation::hardsigmoid}, {"tanh", Activation::tanh},
+};
+
+constexpr std::pair<std::string_view, Gate> gates[] = {
+    {"topk", Gate::topk}, {"clip", Gate::clip}, {"attention", Gate::attention},
 };
 
 // Text of a hostile file, fit for one line of an error.
@@ -90,11 +96,13 @@ public:
         : source_(source), buffers_(buffers), where_("operator " + std::to_string(place) + " (" +
           shown(source.kind) + (source.name.empty() ? "" : " '" + shown(source.name) + "'") + ")") {}
 
-    Operator read(const std::vector<bool>& written) {
+    // `layer_gates`: for each buffer, whether a layer_gate has written it.
+    Operator read(const std::vector<bool>& written, const std::vector<bool>& layer_gates) {
         const Spec& spec = find_spec();
         op_.kind = spec.kind;
         op_.name = source_.name;
         read_edges(spec, written);
+        read_guard(layer_gates);
         check_names(spec);
         read_activation();
         switch (spec.kind) {
@@ -113,6 +121,7 @@ public:
             case Kind::pad: pad(); break;
             case Kind::layer_norm: layer_norm(); break;
             case Kind::flatten: flatten(); break;
+            case Kind::layer_gate: layer_gate(); break;
         }
         if (op_.work == 0) op_.work = std::max(in().size(), out().size());
         return std::move(op_);
@@ -154,6 +163,16 @@ private:
         op_.output = static_cast<int>(source_.output);
     }
 
+    void read_guard(const std::vector<bool>& layer_gates) {
+        if (source_.guard == -1) return;
+        require(source_.guard >= 0 && source_.guard < static_cast<int64_t>(layer_gates.size()),
+                "its guard, buffer " + std::to_string(source_.guard) + ", does not exist");
+        require(layer_gates[static_cast<std::size_t>(source_.guard)],
+                "its guard, buffer " + std::to_string(source_.guard) + ", was not written by a layer_gate before it");
+        require(op_.kind != Kind::layer_gate, "a layer_gate cannot have a guard");
+        op_.guard = static_cast<int>(source_.guard);
+    }
+
     void check_names(const Spec& spec) const {
         const auto has = [](auto names, const string& name) {
             return std::find(names.begin(), names.end(), name) != names.end();
@@ -183,14 +202,14 @@ private:
         return static_cast<int>(value);
     }
 
-    float number(const char* name, double otherwise) const {
+    double number(const char* name, double otherwise) const {
         double value = otherwise;
         if (const auto found = source_.attributes.find(name); found != source_.attributes.end()) {
             if (const auto* whole = std::get_if<int64_t>(&found->second)) value = static_cast<double>(*whole);
             else value = *attribute<double>(name, "a number");
         }
         require(std::isfinite(value) && std::abs(value) <= 3e38, string("attribute '") + name + "' must be finite");
-        return static_cast<float>(value);
+        return value;
     }
 
     // `count` integers in [least, max_extent]; where the attribute is missing, all are `otherwise` (< 0: it is needed).
@@ -215,7 +234,7 @@ private:
             require(found != std::end(activations), "there is no activation '" + shown(*name) + "'");
             op_.activation = found->second;
         }
-        op_.slope = number("slope", 0.01);
+        op_.slope = static_cast<float>(number("slope", 0.01));
     }
 
     void read_padding() {
@@ -300,19 +319,47 @@ private:
         if (op_.inputs.size() == 2)
             require(in(1) == y, "its residual is " + text(in(1)) + ", but its output " + text(y));
         op_.work = product({shape[1], shape[2], shape[3], y.channels, y.pixels()});
-        const auto* gate = attribute<string>("gate", "a string");
-        op_.gated = gate != nullptr;
-        if (gate) {
-            require(*gate == "topk", "there is no gate '" + shown(*gate) + "'");
-            require(source_.attributes.contains("winners"), "it is gated, but attribute 'winners' is missing");
-            op_.winners = integer("winners", 1, y.channels, 0);
+        op_.scaled = integer("scaled", 0, 1, 0) == 1;
+        require(!op_.scaled || op_.guard >= 0, "it is scaled by its guard, but has none");
+        gate();
+    }
+
+    void gate() {
+        const Shape x = in(), y = out();
+        if (const auto* name = attribute<string>("gate", "a string")) {
+            const auto found = std::find_if(std::begin(gates), std::end(gates),
+                                            [&](const auto& known) { return known.first == *name; });
+            require(found != std::end(gates), "there is no gate '" + shown(*name) + "'");
+            op_.gate = found->second;
+        }
+        const auto only = [&](Gate kind, const char* name) {
+            const bool given = source_.attributes.contains(name);
+            require(!given || op_.gate == kind, string("attribute '") + name + "' does not belong to its gate");
+            return given;
+        };
+        const auto needs = [&](Gate kind, const char* name, int64_t most) {
+            if (only(kind, name)) return integer(name, 1, most, 0);
+            require(op_.gate != kind, string("it is gated, but attribute '") + name + "' is missing");
+            return 0;
+        };
+        const int winners = needs(Gate::topk, "winners", y.channels);
+        const int channels = needs(Gate::attention, "kept_channels", x.channels);
+        op_.settings.columns = needs(Gate::attention, "kept_columns", x.pixels());
+        op_.settings.channels = std::max(winners, channels);
+        if (only(Gate::clip, "threshold")) read_threshold();
+        if (op_.gate == Gate::attention) op_.work = sum(op_.work, 2 * x.size());
+        if (op_.gate == Gate::topk || op_.gate == Gate::clip) {
             op_.gate_weight = floats("gate_weight", {y.channels, x.channels});
             op_.gate_bias = floats("gate_bias", {y.channels});
             op_.work = sum(op_.work, sum(x.size(), int64_t{x.channels} * y.channels));
         } else {
-            require(!source_.attributes.contains("winners") && !has("gate_weight") && !has("gate_bias"),
-                    "it has a gate's winners or tensors, but no attribute 'gate'");
+            require(!has("gate_weight") && !has("gate_bias"), "it has the tensors of a gate, but no such gate");
         }
+    }
+
+    void read_threshold() {
+        op_.settings.threshold = number("threshold", 0);
+        require(op_.settings.threshold >= 0 && op_.settings.threshold < 1, "attribute 'threshold' must be in [0, 1)");
     }
 
     void linear() {
@@ -333,7 +380,7 @@ private:
         const Shape a = in(0), b = in(1);
         same(a, "its first input");
         const bool fits = b == a || b == Shape{a.channels, 1, 1} ||
-                          (op_.kind == Kind::mul && b == Shape{1, a.height, a.width});
+                          (op_.kind == Kind::mul && (b == Shape{1, a.height, a.width} || b == Shape{1, 1, 1}));
         require(fits, "its inputs " + text(a) + " and " + text(b) + " do not go together");
     }
 
@@ -381,14 +428,14 @@ private:
 
     void pad() {
         read_padding();
-        op_.value = number("value", 0);
+        op_.value = static_cast<float>(number("value", 0));
         const auto& p = op_.padding;
         same({in().channels, in().height + p.top + p.bottom, in().width + p.left + p.right}, "its padded input");
     }
 
     void layer_norm() {
         same(in(), "its input");
-        op_.epsilon = number("epsilon", 1e-5);
+        op_.epsilon = static_cast<float>(number("epsilon", 1e-5));
         require(op_.epsilon >= 0, "attribute 'epsilon' must not be negative");
         op_.weight = floats("weight", {in().channels});
         op_.bias = floats("bias", {in().channels});
@@ -397,6 +444,15 @@ private:
     void flatten() {
         require(out().vector() && out().channels == in().size(),
                 "it takes " + text(in()) + " to " + text(out()) + ", but must give a vector of all values");
+    }
+
+    void layer_gate() {
+        require(out() == Shape{1, 1, 1}, "its output is " + text(out()) + ", but must be [1, 1, 1]");
+        op_.gate = Gate::layer;
+        op_.weight = floats("weight", {1, in().channels});
+        op_.bias = floats("bias", {1});
+        read_threshold();
+        op_.work = sum(in().size(), in().channels);
     }
 
     const OperatorSource& source_;
@@ -427,7 +483,7 @@ Program validate(const Source& source, const Limits& limits) {
     Program program;
     for (const auto& sizes : source.buffers)
         program.buffers.push_back(read_shape(sizes, program.buffers.size(), limits));
-    std::vector<bool> written(program.buffers.size(), false);
+    std::vector<bool> written(program.buffers.size(), false), layer_gates(program.buffers.size(), false);
     written[0] = true;
     int64_t work = 0;
     std::set<const void*> seen;
@@ -437,8 +493,9 @@ Program validate(const Source& source, const Limits& limits) {
             if (!seen.insert(tensor.data).second) copies = sum(copies, product(tensor.shape));
         if (copies > limits.memory / 4)
             fail("copies of the weights that operators share take more than the limit of " + std::to_string(limits.memory) + " bytes");
-        program.operators.push_back(Reader(op, program.operators.size(), program.buffers).read(written));
+        program.operators.push_back(Reader(op, program.operators.size(), program.buffers).read(written, layer_gates));
         written[static_cast<std::size_t>(op.output)] = true;
+        layer_gates[static_cast<std::size_t>(op.output)] = program.operators.back().kind == Kind::layer_gate;
         work = sum(work, program.operators.back().work);
         if (work > limits.macs)
             fail("operator " + std::to_string(program.operators.size() - 1) + " (" + shown(op.kind) + " '" + shown(op.name) +
@@ -448,6 +505,39 @@ Program validate(const Source& source, const Limits& limits) {
         fail("the program's output is buffer " + std::to_string(source.output) + ", which does not exist");
     program.output = static_cast<int>(source.output);
     return program;
+}
+
+std::array<int, axes> decided(const Program& program, const Operator& op, const GateSettings& settings) {
+    const Shape x = op.gate == Gate::none ? Shape{} : program.buffers[static_cast<std::size_t>(op.inputs[0])];
+    switch (op.gate) {
+        case Gate::none: return {};
+        case Gate::topk:
+        case Gate::clip: return {program.buffers[static_cast<std::size_t>(op.output)].channels, 0, 0};
+        case Gate::layer: return {0, 0, 1};
+        case Gate::attention: break;
+    }
+    const auto pixels = static_cast<int>(x.pixels());
+    return {settings.channels < x.channels ? x.channels : 0, settings.columns < pixels ? pixels : 0, 0};
+}
+
+void set(GateSettings& settings, const Program& program, const Operator& op, const string& name, double value) {
+    const auto whole = [&](int& setting, int64_t most) {
+        if (!(value >= 1 && value <= static_cast<double>(most)) || value != std::floor(value))
+            fail(name + " of '" + shown(op.name) + "' is " + std::to_string(value) + ", but must be an integer in [1, " +
+                 std::to_string(most) + "]");
+        setting = static_cast<int>(value);
+    };
+    const auto shape = [&](int buffer) { return program.buffers[static_cast<std::size_t>(buffer)]; };
+    if (op.gate == Gate::topk && name == "winners") whole(settings.channels, shape(op.output).channels);
+    else if (op.gate == Gate::attention && name == "kept_channels") whole(settings.channels, shape(op.inputs[0]).channels);
+    else if (op.gate == Gate::attention && name == "kept_columns") whole(settings.columns, shape(op.inputs[0]).pixels());
+    else if ((op.gate == Gate::clip || op.gate == Gate::layer) && name == "threshold") {
+        if (!(value >= 0 && value < 1))
+            fail("threshold of '" + shown(op.name) + "' is " + std::to_string(value) + ", but must be in [0, 1)");
+        settings.threshold = value;
+    } else {
+        fail("'" + shown(op.name) + "' has no gate with the setting '" + shown(name) + "'");
+    }
 }
 
 }  // namespace thrifty

@@ -1,6 +1,7 @@
 // A program: what one image goes through, checked once so that nothing after has to check again.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <map>
 #include <span>
@@ -29,7 +30,21 @@ struct Padding {
 
 enum class Kind : std::uint8_t {
     conv, linear, affine, activation, add, mul, concat, gather, max_pool, avg_pool, adaptive_avg_pool,
-    adaptive_max_pool, pad, layer_norm, flatten,
+    adaptive_max_pool, pad, layer_norm, flatten, layer_gate,
+};
+
+// What decides, for each image, what is computed (thrifty/program.py has their formulas).
+enum class Gate : std::uint8_t { none, topk, clip, attention, layer };
+
+// What gates decide on.
+enum class Axis : std::uint8_t { channels, columns, layer };
+inline constexpr std::size_t axes = 3;
+
+// What may change of a gate from call to call.
+struct GateSettings {
+    int channels = 0;      // topk: winners; attention: kept_channels
+    int columns = 0;       // attention: kept_columns
+    double threshold = 0;  // clip, layer_gate
 };
 
 // ---- as it comes from outside
@@ -50,6 +65,7 @@ struct OperatorSource {
     std::int64_t output = -1;
     std::map<std::string, Attribute> attributes;
     std::map<std::string, TensorSource> tensors;
+    std::int64_t guard = -1;  // buffer of a layer_gate; -1: none
 };
 
 struct Source {
@@ -81,8 +97,10 @@ struct Operator {
     int divisor = 0;
     float value = 0, epsilon = 0;
 
-    bool gated = false;
-    int winners = 0;
+    Gate gate = Gate::none;
+    GateSettings settings;
+    int guard = -1;       // buffer whose activity says whether the operator runs; -1: it always does
+    bool scaled = false;  // the sums of a convolution are multiplied by the guard's value
 
     const float* weight = nullptr;
     const float* bias = nullptr;
@@ -104,6 +122,14 @@ struct Program {
 // The program of a source whose tensors outlive it. Throws std::invalid_argument with one sentence that names the
 // operator where anything is wrong.
 Program validate(const Source& source, const Limits& limits);
+
+// How many marks of each axis an operator's decision has for one image, by Axis; 0: its gate does not decide on it.
+// With settings of zero: of all axes that it can decide on.
+std::array<int, axes> decided(const Program& program, const Operator& op, const GateSettings& settings);
+
+// Changes one setting by its name in programs. Throws std::invalid_argument where the gate has no such setting, or the
+// value is out of range.
+void set(GateSettings& settings, const Program& program, const Operator& op, const std::string& name, double value);
 
 // Whether an activation leaves zero as it is.
 constexpr bool keeps_zero(Activation activation) {

@@ -1,60 +1,47 @@
-// Convolutions: the gate that decides, the kernel that computes what is left, and channels that only a residual fills.
+// Convolutions: the kernel that computes what a gate has left, and channels that only a residual fills.
 
 #include <algorithm>
-#include <chrono>
-#include <cmath>
-#include <cstring>
 
-#include "steps.h"
+#include "gates.h"
 
 namespace thrifty {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
-// Marks the k highest saliencies; equal ones go to the lowest index, NaN counts as lowest. `sorted`: [count] to work in.
-void mark_winners(const float* saliency, int count, int k, float* sorted, std::uint8_t* computed) {
-    const auto score = [&](int c) { return std::isnan(saliency[c]) ? -1.0f : saliency[c]; };
-    for (int c = 0; c < count; ++c) sorted[c] = score(c);
-    std::nth_element(sorted, sorted + (k - 1), sorted + count, [](float a, float b) { return a > b; });
-    const float least = sorted[k - 1];
-    int ties = k;
-    for (int c = 0; c < count; ++c) ties -= score(c) > least;
-    for (int c = 0; c < count; ++c) {
-        const float s = score(c);
-        const bool tie = s == least && ties > 0;
-        ties -= tie;
-        computed[c] = s > least || tie;
-    }
-}
-
 class ConvStep final : public Step {
 public:
     ConvStep(const Program& program, const Plan& plan, std::size_t place, const Kernels& kernels)
-        : Step(program, plan, place, kernels), convolution_(kernels.make_convolution(shape(), op_.weight, op_.bias)),
-          predictor_(op_.gated ? panels_of(op_.gate_weight, out().shape.channels, in().shape.channels) : Floats()) {}
+        : Step(program, plan, place, kernels), gate_(make_gate(program, plan, place, kernels)),
+          convolution_(kernels.make_convolution(shape(), op_.weight, op_.bias)) {
+        if (op_.gate == Gate::attention) columns_ = kernels.make_column_convolution(shape(), op_.weight, op_.bias);
+    }
 
     Needs needs() const override {
-        const auto inputs = static_cast<std::size_t>(in().shape.channels);
-        const auto outputs = static_cast<std::size_t>(out().shape.channels);
-        return {convolution_->scratch(), op_.gated ? inputs + 2 * outputs : 0, op_.gated ? outputs : 0};
+        Needs needs = gate_ ? gate_->needs() : Needs{};
+        needs.scratch = std::max(convolution_->scratch(), columns_ ? columns_->scratch() : 0);
+        const std::size_t scales = op_.scaled ? static_cast<std::size_t>(out().shape.channels) : 0;
+        needs.aside = behind_gate() + std::max(scales, columns_ ? columns_->shared() : 0);
+        return needs;
     }
 
     const char* kernel() const override { return convolution_->kernel(); }
 
     void run(const Call& call) const override {
-        ConvCall conv;
-        conv.in = in_map(call);
-        conv.out = out_map(call);
-        conv.active_in = active_list(call);
-        if (op_.inputs.size() == 2) {
-            conv.residual = in_map(call, 1);
-            conv.residual_active = active(call, 1);
-        }
-        conv.active_out = {plan_.all.data(), out().shape.channels};
-        if (op_.gated) decide(call, conv);
-        if (call.trace) call.trace->macs = convolution_->macs(conv);
-        compute(call, conv);
+        Choice choice;
+        choice.read = active_list(call);
+        choice.computed = {plan_.all.data(), out().shape.channels};
+        if (gate_) gate_->decide(call, choice);
+        const std::uint8_t* const residual = op_.inputs.size() == 2 ? active(call, 1) : nullptr;
+        set_activity(call, [&](int c) { return choice.is_computed[c] || (residual && residual[c]); });
+        if (choice.by_column) run_columns(call, choice);
+        else run_channels(call, choice);
+    }
+
+    // act(residual), if there is one.
+    void skip(const Call& call) const override {
+        if (op_.inputs.size() < 2) return;
+        const std::uint8_t* const residual = active(call, 1);
+        if (out().sparse) write_activity(call, [&](int c) { return residual[c]; });
+        write_channels(call, 2.0 * static_cast<double>(out().shape.pixels()), [&](int c, Plane y, float*) { pass(call, c, y); });
     }
 
 private:
@@ -71,68 +58,86 @@ private:
         return s;
     }
 
-    // Chooses the output channels, with their scales, and sets the output's activity.
-    void decide(const Call& call, ConvCall& conv) const {
-        const auto start = call.trace ? Clock::now() : Clock::time_point{};
-        const int inputs = in().shape.channels, outputs = out().shape.channels;
-        const Channels read = active_list(call);
-        float* const means = call.context.aside.data();  // of the channels that are read, one after the other
-        float* const saliency = means + inputs;
-        const Map x = in_map(call);
-        const auto pixels = static_cast<float>(x.pixels());
-        call.team.share_range(read.count, pixels / 4, [&](int first, int last, float*) {
-            for (int i = first; i < last; ++i)
-                means[i] = kernels_.simple->sum_magnitude({x.channel(read.index[i]), x.row}, extent(in())) / pixels;
-        });
-        call.team.share_range(outputs, read.count, [&](int first, int last, float*) {
-            kernels_.simple->linear_panels(predictor_.data(), op_.gate_bias, means, read.index, read.count, saliency, inputs, first, last);
-        }, linear_panel);
-        kernels_.simple->activate(saliency, outputs, Activation::relu, 0);
-        std::uint8_t* const computed = call.context.computed.data();
-        if (call.forced)
-            for (int c = 0; c < outputs; ++c) computed[c] = call.forced[c] != 0;
-        else
-            mark_winners(saliency, outputs, call.context.winners[place_], saliency + outputs, computed);
-        int* const index = call.context.indices.data();
-        int count = 0;
-        for (int c = 0; c < outputs; ++c)
-            if (computed[c]) index[count++] = c;
-        conv.active_out = {index, count};
-        conv.scale = saliency;
-        const bool residual = op_.inputs.size() == 2;
-        set_activity(call, [&](int c) { return computed[c] || (residual && conv.residual_active[c]); });
-        if (call.trace) {
-            call.trace->gate_ms = std::chrono::duration<double, std::milli>(Clock::now() - start).count();
-            call.trace->gate_macs = in().shape.size() + std::int64_t{inputs} * outputs;
-            call.trace->computed = computed;
+    // Where the context's `aside` is free for the step itself, at the start of a cache line.
+    std::size_t behind_gate() const { return gate_ ? (gate_->needs().aside + 15) / 16 * 16 : 0; }
+
+    float guard_value(const Call& call) const { return *layout(op_.guard).map(call.context.arena.data()).data; }
+
+    template <class ConvolutionCall>
+    ConvolutionCall call_of(const Call& call, const Choice& choice) const {
+        ConvolutionCall conv;
+        conv.in = in_map(call);
+        conv.out = out_map(call);
+        conv.active_in = choice.read;
+        if (op_.inputs.size() == 2) {
+            conv.residual = in_map(call, 1);
+            conv.residual_active = active(call, 1);
         }
+        return conv;
     }
 
-    void compute(const Call& call, const ConvCall& conv) const {
+    void run_channels(const Call& call, const Choice& choice) const {
+        auto conv = call_of<ConvCall>(call, choice);
+        conv.active_out = choice.computed;
+        conv.scale = op_.scaled ? scaled(call, choice) : choice.scale;
+        if (call.trace) call.trace->macs = convolution_->macs(conv);
         const int tasks = conv.active_out.count ? convolution_->tasks(conv, call.team.threads()) : 0;
-        // Channels that are not computed but not zero either, and the halo of all.
+        share(call, choice, tasks, [&](int task, float* scratch) { convolution_->run(conv, task, tasks, scratch); });
+    }
+
+    void run_columns(const Call& call, const Choice& choice) const {
+        auto conv = call_of<ColumnCall>(call, choice);
+        conv.columns = choice.columns;
+        conv.column_count = choice.column_count;
+        if (op_.scaled) conv.scale = guard_value(call);
+        if (call.trace) {
+            call.trace->macs = columns_->macs(conv);
+            call.trace->kernel = columns_->kernel();
+        }
+        float* const shared = call.context.aside.data() + behind_gate();
+        const int threads = call.team.threads(), pieces = columns_->prepare_tasks(conv, threads);
+        call.team.share(pieces, [&](int task, float* scratch) { columns_->prepare(conv, task, pieces, shared, scratch); });
+        const int tasks = columns_->tasks(conv, threads);
+        share(call, choice, tasks, [&](int task, float* scratch) { columns_->run(conv, task, tasks, shared, scratch); });
+    }
+
+    // The scales of the gate, or 1, times the guard's value.
+    const float* scaled(const Call& call, const Choice& choice) const {
+        const float value = guard_value(call);
+        float* const own = call.context.aside.data() + behind_gate();
+        float* const scale = choice.scale ? choice.scale : own;
+        for (int c = 0; c < out().shape.channels; ++c) scale[c] = choice.scale ? scale[c] * value : value;
+        return scale;
+    }
+
+    // Calls use(task, scratch) for each task; besides, channels that are not computed but not zero either are filled,
+    // and the halo of all is cleared.
+    template <class Use>
+    void share(const Call& call, const Choice& choice, int tasks, const Use& use) const {
         const Channels written = out_list(call);
-        const bool others = written.count > conv.active_out.count;
+        const bool others = written.count > choice.computed.count;
         const int cleaners = others || out().halo.any() ? std::min(call.team.threads(), (written.count + 15) / 16) : 0;
+        const Map y = out_map(call);
         call.team.share(tasks + cleaners, [&](int task, float* scratch) {
-            if (task < tasks) return convolution_->run(conv, task, tasks, scratch);
+            if (task < tasks) return use(task, scratch);
             const auto cut = [&](int t) { return static_cast<int>(std::int64_t{written.count} * t / cleaners); };
             for (int i = cut(task - tasks); i < cut(task - tasks + 1); ++i) {
                 const int c = written.index[i];
-                clear_halo(out(), conv.out, c);
-                if (others && !call.context.computed[static_cast<std::size_t>(c)]) pass(call, conv, c);
+                clear_halo(out(), y, c);
+                if (others && !choice.is_computed[c]) pass(call, c, Plane{y.channel(c), y.row});
             }
         });
     }
 
     // A channel without its convolution: the activation of the residual, or of zero.
-    void pass(const Call& call, const ConvCall& conv, int c) const {
-        const ConstPlane from = conv.residual.data ? plane(call, 1, c) : zeros();
-        kernels_.simple->affine(from, Plane{conv.out.channel(c), conv.out.row}, extent(out()), 1, 0, op_.activation, op_.slope);
+    void pass(const Call& call, int c, Plane y) const {
+        const ConstPlane from = op_.inputs.size() == 2 ? plane(call, 1, c) : zeros();
+        kernels_.simple->affine(from, y, extent(out()), 1, 0, op_.activation, op_.slope);
     }
 
+    std::unique_ptr<ConvGate> gate_;
     std::unique_ptr<Convolution> convolution_;
-    Floats predictor_;  // by input channel, so that the mean of a channel that is zero need not be multiplied
+    std::unique_ptr<ColumnConvolution> columns_;  // of an attention gate
 };
 
 }  // namespace

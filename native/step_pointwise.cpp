@@ -31,13 +31,13 @@ public:
         const bool sum = op_.kind == Kind::add;
         set_activity(call, [&](int c) { return sum ? left(c) || right(c) : left(c) && right(c); });
         const Map other = in_map(call, 1);
-        const bool constant = in(1).shape.vector() && !single;
+        const bool constant = in(1).shape.vector();
         write_channels(call, 3.0 * static_cast<double>(out().shape.pixels()), [&](int c, Plane y, float*) {
             const auto& k = *kernels_.simple;
             if (!sum && !(left(c) && right(c)))
                 k.affine(zeros(), y, extent(out()), 1, 0, op_.activation, op_.slope);
             else if (constant) {
-                const float value = right(c) ? *other.channel(c) : 0;
+                const float value = right(c) ? *other.channel(single ? 0 : c) : 0;
                 k.affine(plane(call, 0, c), y, extent(out()), sum ? 1 : value, sum ? value : 0, op_.activation, op_.slope);
             } else {
                 (sum ? k.add : k.multiply)(plane(call, 0, c), plane(call, 1, single ? 0 : c), y, extent(out()),

@@ -5,23 +5,32 @@
 namespace thrifty {
 
 Context::Context(const Plan& plan, const Needs& needs)
-    : arena(plan.arena), aside(needs.aside), scratch(needs.scratch), indices(needs.entries), computed(needs.entries),
+    : arena(plan.arena), aside(needs.aside), scratch(needs.scratch), indices(needs.entries), marks(needs.entries),
       runs(needs.entries) {
     activities.reserve(plan.buffers.size());
     for (const Layout& layout : plan.buffers) activities.emplace_back(layout.sparse ? layout.shape.channels : 0);
 }
 
-Step::Step(const Program& program, const Plan& plan, std::size_t place, const Kernels& kernels)
+Access::Access(const Program& program, const Plan& plan, std::size_t place, const Kernels& kernels)
     : op_(program.operators[place]), plan_(plan), kernels_(kernels), place_(place) {}
 
-const std::uint8_t* Step::active(const Call& call, std::size_t i) const {
+const std::uint8_t* Access::active(const Call& call, std::size_t i) const {
     return in(i).sparse ? call.context.activities[static_cast<std::size_t>(op_.inputs[i])].mask() : nullptr;
 }
 
-Channels Step::list(const Call& call, int buffer) const {
+Channels Access::list(const Call& call, int buffer) const {
     const Layout& found = layout(buffer);
     return found.sparse ? call.context.activities[static_cast<std::size_t>(buffer)].channels()
                         : Channels{plan_.all.data(), found.shape.channels};
+}
+
+void Access::average(const Call& call, float (*sum)(ConstPlane, Extent), float* means) const {
+    const Channels read = active_list(call);
+    const Map x = in_map(call);
+    const auto pixels = static_cast<float>(x.pixels());
+    call.team.share_range(read.count, pixels / 4, [&](int first, int last, float*) {
+        for (int i = first; i < last; ++i) means[i] = sum({x.channel(read.index[i]), x.row}, extent(in())) / pixels;
+    });
 }
 
 void clear_halo(const Layout& layout, const Map& map, int c) {
@@ -47,6 +56,7 @@ void clear_halo(const Layout& layout, const Map& map, int c) {
 std::unique_ptr<Step> make_step(const Program& program, const Plan& plan, std::size_t place, const Kernels& kernels) {
     switch (program.operators[place].kind) {
         case Kind::conv: return make_conv_step(program, plan, place, kernels);
+        case Kind::layer_gate: return make_layer_gate_step(program, plan, place, kernels);
         case Kind::linear: return make_linear_step(program, plan, place, kernels);
         case Kind::affine:
         case Kind::activation:

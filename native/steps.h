@@ -16,26 +16,20 @@ struct Call {
     Context& context;
     Team& team;
     StepTrace* trace = nullptr;                // null: nobody asks
-    const std::uint8_t* forced = nullptr;      // [output channels] that replace the gate's decision
+    Marks forced{};                            // decisions that replace the gate's own, on the axes given
 };
 
 // Zeros around the plane of channel c.
 void clear_halo(const Layout& layout, const Map& map, int c);
 
-class Step {
+// The buffers of one operator, for those who work on them.
+class Access {
 public:
-    Step(const Program& program, const Plan& plan, std::size_t place, const Kernels& kernels);
-    virtual ~Step() = default;
-
-    // Writes the output buffer and, where it is sparse, its activity.
-    virtual void run(const Call& call) const = 0;
-
-    virtual Needs needs() const { return {}; }
-
-    // Name of the kernel, for traces.
-    virtual const char* kernel() const { return ""; }
+    Access(const Program& program, const Plan& plan, std::size_t place, const Kernels& kernels);
 
 protected:
+    ~Access() = default;
+
     const Layout& in(std::size_t i = 0) const { return layout(op_.inputs[i]); }
     const Layout& out() const { return layout(op_.output); }
     const Layout& layout(int buffer) const { return plan_.buffers[static_cast<std::size_t>(buffer)]; }
@@ -45,10 +39,13 @@ protected:
     // null: all channels are active.
     const std::uint8_t* active(const Call& call, std::size_t i = 0) const;
     Channels active_list(const Call& call, std::size_t i = 0) const { return list(call, op_.inputs[i]); }
-    // For a sparse output: writes keep(c) for every channel c as its activity.
+    // For an output that is sparse not only by a guard: writes keep(c) for every channel c as its activity.
     template <class Keep>
     void set_activity(const Call& call, const Keep& keep) const {
-        if (!out().sparse) return;
+        if (!out().whole) write_activity(call, keep);
+    }
+    template <class Keep>
+    void write_activity(const Call& call, const Keep& keep) const {
         Activity& activity = call.context.activities[static_cast<std::size_t>(op_.output)];
         for (int c = 0; c < out().shape.channels; ++c) activity.mask()[c] = keep(c);
         activity.list();
@@ -79,6 +76,9 @@ protected:
             }
         });
     }
+    // Means of the active channels of the input, one after the other, by a kernel that sums a channel.
+    void average(const Call& call, float (*sum)(ConstPlane, Extent), float* means) const;
+
     Extent extent(const Layout& layout) const { return {layout.shape.height, layout.shape.width}; }
 
     Channels list(const Call& call, int buffer) const;
@@ -89,6 +89,23 @@ protected:
     std::size_t place_;
 };
 
+class Step : protected Access {
+public:
+    using Access::Access;
+    virtual ~Step() = default;
+
+    // Writes the output buffer and, where it is sparse not only by a guard, its activity.
+    virtual void run(const Call& call) const = 0;
+
+    // In place of `run` where the guard says no, with all channels marked inactive where the output is sparse.
+    virtual void skip(const Call&) const {}
+
+    virtual Needs needs() const { return {}; }
+
+    // Name of the kernel, for traces.
+    virtual const char* kernel() const { return ""; }
+};
+
 // Weights [outputs, features] in the layout that SimpleKernels::linear_panels reads.
 Floats panels_of(const float* weight, int outputs, int features);
 
@@ -97,6 +114,7 @@ std::unique_ptr<Step> make_conv_step(const Program&, const Plan&, std::size_t pl
 std::unique_ptr<Step> make_pointwise_step(const Program&, const Plan&, std::size_t place, const Kernels&);
 std::unique_ptr<Step> make_moving_step(const Program&, const Plan&, std::size_t place, const Kernels&);
 std::unique_ptr<Step> make_pool_step(const Program&, const Plan&, std::size_t place, const Kernels&);
+std::unique_ptr<Step> make_layer_gate_step(const Program&, const Plan&, std::size_t place, const Kernels&);
 std::unique_ptr<Step> make_linear_step(const Program&, const Plan&, std::size_t place, const Kernels&);
 
 }  // namespace thrifty

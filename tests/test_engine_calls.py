@@ -291,8 +291,8 @@ def test_density_is_set_without_building_anew(tmp_path: Any) -> None:
     for name, decision in engine.trace(x).decisions.items():
         assert (decision.channels.sum(1) == kept(0.25, decision.channels.shape[1])).all(), name
     assert engine.density == pytest.approx(0.25, abs=0.02)
-    winners = {name: kept(0.25, program.buffers[program.operators[i].output][0]) for name, i in program.gated.items()}
-    assert engine(x).tobytes() == Engine(program.with_winners(winners))(x).tobytes()
+    winners = {name: {"winners": kept(0.25, program.axes(name)["channels"][0])} for name in program.gated}
+    assert engine(x).tobytes() == Engine(program.with_gates(winners))(x).tobytes()
     engine.set_density({"conv1": 1.0, "conv*": 0.5})
     shares = {name: d.channels.mean() for name, d in engine.trace(x).decisions.items()}
     assert shares == {"conv1": 1.0, "conv2": 0.5, "conv4": 0.5, "conv6": 0.5}
@@ -330,7 +330,7 @@ def test_decisions_that_do_not_fit_are_named() -> None:
     for decisions, message in (
         ({"conv0": good["conv1"]}, "no gated layer"),
         ({"conv1": Decision(channels=np.ones((3, 32), bool))}, r"\[3, 32\], but must be bool \[2, 32\]"),
-        ({"conv1": Decision(layer=np.ones(2, bool))}, "None"),
+        ({"conv1": Decision(layer=np.ones(2, bool))}, "says layer, but its gate decides on channels"),
     ):
         with pytest.raises(ThriftyError, match=message):
             engine.trace(x, decisions)
@@ -353,7 +353,7 @@ def _with_isa(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("isa", [isa for isa in features()["available"] if isa != features()["isa"]])
 def test_other_instruction_sets_pass_too(isa: str) -> None:
     here = os.path.dirname(__file__)
-    files = [os.path.join(here, f"test_engine_{part}.py") for part in ("operators", "calls")]
+    files = [os.path.join(here, f"test_engine_{part}.py") for part in ("operators", "gates", "calls")]
     done = _with_isa(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files)
     assert done.returncode == 0, done.stdout[-3000:]
 

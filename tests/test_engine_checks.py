@@ -35,7 +35,13 @@ def example() -> Parts:
     y = b.add("avg_pool", (y,), (6, 2, 3), {"kernel": (2, 2), "stride": (2, 2)})  # 7
     y = b.add("layer_norm", (y,), (6, 2, 3), {"epsilon": 1e-3}, weight=b.weights(6), bias=b.weights(6))  # 8
     y = b.flatten(y)  # 9
-    b.linear(y, 5)  # 10
+    y = b.linear(y, 5)  # 10
+    gate = b.layer_gate(y, 0.2)  # 11
+    with b.guarded(gate):
+        z = b.conv(y, 8, threshold=0.1, activation="relu")  # 12
+        y = b.conv(z, 5, kept=(4, 1), residual=y, scaled=1)  # 13
+    z = b.add("adaptive_avg_pool", (x,), (6, 3, 3))  # 14
+    b.conv(z, 5, kernel=3, kept=(3, 4))  # 15
     return parts(b.build())
 
 
@@ -101,8 +107,41 @@ def test_the_example_is_good() -> None:
         (7, 4, {"count_include_pad": 2}, "count_include_pad"),
         (8, 4, {"epsilon": -1.0}, "negative"),
         (9, 2, (0,), "vector of all values"),
-        (10, 2, (9,), "takes a vector"),
+        (10, 2, (8,), "takes a vector"),
         (10, 5, {"weight": np.zeros((5, 35), np.float32)}, "weight"),
+        (11, 3, 16, "written twice|must be|does not exist"),
+        (11, 4, {"threshold": 1.0}, r"'threshold' must be in \[0, 1\)"),
+        (11, 4, {"threshold": -0.1}, "threshold"),
+        (11, 4, {"threshold": float("nan")}, "finite"),
+        (11, 4, {"winners": 1}, "no attribute 'winners'"),
+        (11, 5, {"weight": np.zeros((5, 1), np.float32)}, r"must be \[1, 5\]"),
+        (11, 5, {"bias": np.zeros(2, np.float32)}, "bias"),
+        (11, 6, 12, "a layer_gate before it"),
+        (12, 4, {"threshold": "low"}, "a number"),
+        (12, 4, {"threshold": 1}, "threshold"),
+        (12, 4, {"winners": 3}, "'winners' does not belong"),
+        (12, 4, {"gate": None}, "'threshold' does not belong"),
+        (12, 5, {"gate_weight": None}, "gate_weight"),
+        (12, 6, -2, "guard, buffer -2, does not exist"),
+        (12, 6, 17, "guard, buffer 17, does not exist"),
+        (12, 6, 1 << 62, "does not exist"),
+        (12, 6, 14, "a layer_gate before it"),
+        (12, 6, 11, "a layer_gate before it"),
+        (12, 6, 0, "a layer_gate before it"),
+        (12, 6, None, "must be an integer"),
+        (12, 6, True, "must be an integer"),
+        (13, 4, {"scaled": 2}, "scaled"),
+        (13, 6, -1, "scaled by its guard, but has none"),
+        (13, 5, {"gate_bias": np.zeros(5, np.float32)}, "tensors of a gate"),
+        (15, 4, {"kept_channels": 0}, "kept_channels"),
+        (15, 4, {"kept_channels": 7}, r"\[1, 6\]"),
+        (15, 4, {"kept_columns": 10}, r"\[1, 9\]"),
+        (15, 4, {"kept_columns": None}, "'kept_columns' is missing"),
+        (15, 4, {"kept_columns": 2.0}, "must be an integer"),
+        (15, 4, {"gate": "topk"}, "'winners' is missing|does not belong"),
+        (15, 4, {"gate": "clip"}, "does not belong"),
+        (15, 4, {"gate": 3}, "must be a string"),
+        (15, 4, {"scaled": 1}, "scaled by its guard, but has none"),
     ],
 )
 def test_what_is_wrong_is_named(place: int, field: int, value: Any, message: str) -> None:
@@ -162,6 +201,7 @@ def test_limits_hold() -> None:
                     1,
                     {"padding": (0, 0, 1 << 23, 1 << 23), "stride": (1, 1 << 24)},
                     {"weight": weight, "bias": weight[0, 0, 0]},
+                    -1,
                 )
             ],
             1,
@@ -178,7 +218,7 @@ def test_wrong_outer_forms() -> None:
         ((buffers, operators, -1), "output is buffer -1"),
         ((buffers, operators, "1"), "integer"),
         ((7, operators, output), "tuple or a list"),
-        ((buffers, [operators[0][:5], *operators[1:]], output), "six fields"),
+        ((buffers, [operators[0][:5], *operators[1:]], output), "seven fields"),
         (([], [], 0), "each operator must write"),
         ((buffers * 3000, operators * 3000, output), "at most"),
     ):
@@ -199,7 +239,7 @@ def _mutate(given: Parts, random_: random.Random) -> Parts:
     numbers = [0, 1, -1, 2, 3, 5, 7, 16, 255, 1 << 16, 1 << 24, (1 << 31) - 1, 1 << 31, 1 << 62, -(1 << 63)]
     for _ in range(random_.choice([1, 1, 1, 2, 3])):
         operator = random_.choice(operators)
-        what = random_.randrange(8)
+        what = random_.randrange(9)
         if what == 0:
             shape = random_.choice(buffers)
             shape[random_.randrange(len(shape))] = random_.choice(numbers)
@@ -212,7 +252,7 @@ def _mutate(given: Parts, random_: random.Random) -> Parts:
         elif what == 3 and operator[4]:
             key = random_.choice(list(operator[4]))
             value = operator[4][key]
-            if isinstance(value, tuple):
+            if isinstance(value, tuple) and value:
                 changed = list(value)
                 changed[random_.randrange(len(changed))] = random_.choice(numbers)
                 operator[4][key] = tuple(changed)
@@ -228,6 +268,8 @@ def _mutate(given: Parts, random_: random.Random) -> Parts:
             operator[0] = other[0]
         elif what == 6:
             random_.shuffle(operators)
+        elif what == 7:
+            operator[6] = random_.choice([-1, *range(len(buffers)), *numbers])
         else:
             output = random_.choice([*range(len(buffers)), *numbers])
     return buffers, operators, output

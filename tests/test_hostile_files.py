@@ -32,7 +32,7 @@ from thrifty import _native
 from thrifty.engine import Engine
 from thrifty.errors import ThriftyError
 from thrifty.program import KINDS, Operator, Preprocessing, Program, operator_tuples
-from thrifty.program_file import KEY, load_program, save_program
+from thrifty.program_file import FORMAT, KEY, load_program, save_program
 
 FILES, CHUNKS = 12_000, 6
 MEMORY = 1 << 30
@@ -104,7 +104,27 @@ def scalable() -> Program:
     return b.build()
 
 
-PROGRAMS: tuple[Callable[[], Program], ...] = (gated, varied, scalable)
+def deciding() -> Program:
+    """Every gate, guards, and operators of many kinds that do not run."""
+    b = Builder((3, 5, 6), 4)
+    x = b.conv(0, 6, kernel=3, activation="relu")
+    for threshold in (0.2, 0.9):
+        with b.guarded(b.layer_gate(x, threshold)):
+            y = b.conv(x, 8, kernel=3, threshold=0.4, activation="relu")
+            y = b.conv(y, 6, kernel=3, kept=(5, 30), scaled=1, activation="sigmoid")
+            y = b.add("pad", (y,), (6, 7, 8), {"padding": (1, 1, 1, 1)})
+            y = b.conv(y, 6, kernel=3, kept=(4, 9), residual=x, scaled=1, padding=(0, 0, 0, 0))
+        x = b.conv(y, 6, kernel=3, kept=(6, 11), groups=2, activation="relu")
+    gate = b.layer_gate(x)
+    with b.guarded(gate):
+        y = b.add("mul", (x, gate), b.buffers[x])
+        y = b.add("concat", (x, y), (12, 5, 6))
+    y = b.add("adaptive_avg_pool", (y,), (12, 1, 1))
+    b.linear(y, 4)
+    return b.build()
+
+
+PROGRAMS: tuple[Callable[[], Program], ...] = (gated, varied, scalable, deciding)
 
 
 # ----------------------------------------------------------------------------------- files, taken apart to be changed
@@ -187,7 +207,21 @@ def junk(rng: random.Random) -> Any:
         return Raw("[" * depth + "]" * depth) if rng.random() < 0.5 else Raw('{"a":' * depth + "1" + "}" * depth)
     if what == 6:
         return [rng.choice(NUMBERS) for _ in range(rng.choice([0, 1, 2, 3, 4, 5, 1000]))]
-    texts = ["", "conv", "relu", "topk", "\0", "\x1b[2J", "\ud800", "é", "x" * 10_000, "%s%n", "../../etc", "nan"]
+    texts = [
+        "",
+        "conv",
+        "relu",
+        "topk",
+        "attention",
+        "\0",
+        "\x1b[2J",
+        "\ud800",
+        "é",
+        "x" * 10_000,
+        "%s%n",
+        "../../etc",
+        "nan",
+    ]
     return rng.choice([None, True, False, Pairs(), Pairs([["a", 1]]), [[]], Raw("{]"), Raw(""), *texts, *texts])
 
 
@@ -348,10 +382,10 @@ def _restructure(document: Any, rng: random.Random) -> None:
             pairs.append([pair[0], pair[1] if rng.random() < 0.3 else junk(rng)])
         elif what == 2:
             pair[0] = rng.choice(
-                ["", "weight", "kind", "gate", "winners", "__proto__", "x" * 1000, rng.choice(pairs)[0]]
+                ["", "weight", "kind", "gate", "winners", "guard", "__proto__", "x" * 1000, rng.choice(pairs)[0]]
             )
         elif what == 3:
-            pairs.append([rng.choice(["extra", "gate_weight", "stride", "dtype", "\ud800", "\0"]), junk(rng)])
+            pairs.append([rng.choice(["extra", "gate_weight", "stride", "guard", "scaled", "\ud800", "\0"]), junk(rng)])
         else:
             rng.shuffle(pairs)
         return
@@ -377,9 +411,11 @@ def redirect(file: File, rng: random.Random) -> bytearray:
         target = rng.choice(
             [output, output + 1, buffers - 1, buffers, -1, 0, rng.randrange(buffers), rng.choice(NUMBERS)]
         )
-        what = rng.randrange(4)
+        what = rng.randrange(5)
         if what == 0:
             inputs[rng.randrange(len(inputs))] = target
+        elif what == 4:
+            operators[i][:] = [pair for pair in operators[i] if pair[0] != "guard"] + [["guard", target]]
         elif what == 1:
             inputs.append(target)
         elif what == 2:
@@ -485,7 +521,7 @@ def _file(b: Builder, method: Any = None) -> bytes:
         for o in b.operators
     ]
     description = {
-        "format": 1, "buffers": b.buffers, "operators": operators, "output": len(b.buffers) - 1, "flat": False,
+        "format": FORMAT, "buffers": b.buffers, "operators": operators, "output": len(b.buffers) - 1, "flat": False,
         "classes": [], "preprocessing": None, "method": method,
     }  # fmt: skip
     data, header = b"", {"__metadata__": {KEY: json.dumps(description)}}

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from random_programs import Builder
 
 from thrifty.errors import ProgramError
 from thrifty.program import Operator, Preprocessing, Program
@@ -108,14 +109,76 @@ def test_copies_are_whole() -> None:
         )  # fmt: skip
 
 
+def deciding_program() -> Program:
+    b = Builder((3, 6, 6))
+    x = b.conv(0, 8, threshold=0.25)
+    gate = b.layer_gate(x, 0.5)
+    with b.guarded(gate):
+        y = b.conv(x, 8, kernel=3, kept=(5, 12), residual=x, scaled=1)
+    b.conv(y, 2, kept=(8, 36))
+    return b.build()
+
+
+def test_gates_tell_what_they_decide_and_cost() -> None:
+    program = deciding_program()
+    assert program.gated == {"conv0": 0, "layer_gate1": 1, "conv2": 2, "conv3": 3}
+    assert {name: program.axes(name) for name in program.gated} == {
+        "conv0": {"channels": (8,)},
+        "layer_gate1": {"layer": ()},
+        "conv2": {"channels": (8,), "columns": (6, 6)},
+        "conv3": {},
+    }
+    assert program.gate_macs() == {
+        "conv0": 3 * 36 + 24, "layer_gate1": 8 * 36 + 8, "conv2": 2 * 8 * 36, "conv3": 0,
+    }  # fmt: skip
+    assert set(program.macs()) == {"conv0", "conv2", "conv3"}
+    assert small_program().axes("a") == {"channels": (4,)}
+
+
+def test_a_guard_lives_until_what_it_guards_has_run() -> None:
+    program = deciding_program()
+    assert program.lifetimes()[2] == (1, 2)
+
+
+def test_gates_print() -> None:
+    lines = str(deciding_program()).splitlines()
+    assert lines[1].endswith("gate clip: above 0.25")
+    assert lines[2].endswith("runs above 0.5")
+    assert lines[3].endswith("+ residual, gate attention: 5 of 8 channels, 12 of 36 columns, scaled by 2")
+
+
+def test_settings_of_gates_change_by_name() -> None:
+    program = deciding_program()
+    changes: dict[str, dict[str, float]] = {
+        "conv0": {"threshold": 0.5},
+        "layer_gate1": {"threshold": 0},
+        "conv2": {"kept_columns": 36},
+        "conv3": {"kept_channels": 1, "kept_columns": 2},
+    }
+    changed = program.with_gates(changes)
+    for name, settings in changes.items():
+        attributes = changed.operators[program.gated[name]].attributes
+        assert settings.items() <= attributes.items()
+    assert changed.axes("conv2") == {"channels": (8,)}
+    assert changed.operators[2].guard == program.operators[2].guard
+    for wrong, message in (
+        ({"conv0": {"winners": 1}}, "conv0: its gate has no setting winners. It has: threshold"),
+        ({"conv2": {"kept_columns": 37}}, r"\[1, 36\]"),
+        ({"layer_gate1": {"threshold": 1.0}}, r"\[0, 1\)"),
+        ({"fc": {}}, "no gated layer is named fc"),
+    ):
+        with pytest.raises(ProgramError, match=message):
+            program.with_gates(wrong)
+
+
 def test_winners_change_by_name() -> None:
-    changed = small_program().with_winners({"a": 3})
+    changed = small_program().with_gates({"a": {"winners": 3}})
     assert changed.operators[0].attributes["winners"] == 3
     assert small_program().operators[0].attributes["winners"] == 2
     with pytest.raises(ProgramError, match=r"no gated layer is named fc\. They are: a"):
-        changed.with_winners({"fc": 1})
+        changed.with_gates({"fc": {"winners": 1}})
     with pytest.raises(ProgramError):
-        changed.with_winners({"a": 5})
+        changed.with_gates({"a": {"winners": 5}})
 
 
 @pytest.mark.parametrize(
@@ -125,6 +188,9 @@ def test_winners_change_by_name() -> None:
         (lambda: Operator("flatten", "", (0,), 1), "must be text that is not empty"),
         (lambda: Operator("flatten", "a", (0.5,), 1), r"inputs is \(0.5,\), but must be integers"),  # type: ignore[arg-type]
         (lambda: Operator("flatten", "a", (0,), True), "output is True"),
+        (lambda: Operator("flatten", "a", (0,), 1, guard=0.5), "guard is 0.5, but must be the number of a buffer"),  # type: ignore[arg-type]
+        (lambda: with_operator(1, guard=1), "guard, buffer 1, was not written by a layer_gate"),
+        (lambda: with_attributes(1, scaled=1), "scaled by its guard, but has none"),
         (lambda: Operator("flatten", "a", (0,), 1, {"stride": 1}), "has no attribute stride"),
         (lambda: Operator("activation", "a", (0,), 1, {"activation": "mish"}), "activation is 'mish', but must be one"),
         (lambda: Operator("linear", "a", (0,), 1, {}, {"weight": "w"}), "has the tensors weight, bias, not weight"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from random_programs import random_program
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from test_program import small_program
@@ -47,6 +48,22 @@ def test_a_file_gives_back_the_program(tmp_path: Path, changes: dict[str, Any]) 
     assert_same(load_program(tmp_path / "sub" / "p.thrifty"), program)
 
 
+def test_guards_and_gates_come_back(tmp_path: Path) -> None:
+    for seed in range(20):
+        program = random_program(seed, 10)
+        save_program(program, tmp_path / "p.thrifty")
+        assert_same(load_program(tmp_path / "p.thrifty"), program)
+        with safe_open(tmp_path / "p.thrifty", "numpy") as file:
+            operators = json.loads(file.metadata()[KEY])["operators"]
+        guards = [operator.guard for operator in program.operators]
+        assert [item.get("guard") for item in operators] == guards
+        assert sum("guard" in item for item in operators) == sum(guard is not None for guard in guards)
+
+
+def test_files_of_version_1_are_read(file: Path) -> None:
+    assert_same(load_program(rewritten(file, lambda d, _: d.update(format=1))), small_program())
+
+
 def rewritten(file: Path, change: Any) -> Path:
     """The file with another description."""
     with safe_open(file, "numpy") as old:
@@ -75,6 +92,9 @@ def rewritten(file: Path, change: Any) -> Path:
         (lambda d, _: d["operators"][0].update(inputs=[2]), "damaged"),
         (lambda d, _: d["operators"][0]["attributes"].update(winners=10**30), "damaged"),
         (lambda d, _: d["operators"][1].update(tensors=["a"]), "damaged"),
+        (lambda d, _: d["operators"][1].update(guard=1), "layer_gate"),
+        (lambda d, _: d["operators"][1].update(guard="yes"), "guard is 'yes'"),
+        (lambda d, _: d["operators"][1].update(guard=10**30), "damaged"),
         (lambda d, _: d["buffers"].__setitem__(1, [4, 2**40, 2**40]), "damaged"),
         (lambda _d, t: t["fc.bias"].__setitem__(0, np.nan), "fc.bias in .* has NaN"),
         (lambda _d, t: t["fc.bias"].__setitem__(0, np.inf), "fc.bias in .* has NaN or inf"),

@@ -19,7 +19,7 @@ from test_program import small_program
 
 from thrifty.decision import Decision
 from thrifty.dynamic import decisions
-from thrifty.errors import ProgramError
+from thrifty.errors import ThriftyError
 from thrifty.lowering import lower
 from thrifty.program import ACTIVATIONS, Operator, Program
 from thrifty.reference import activate, run_reference
@@ -168,7 +168,7 @@ def test_ties_go_to_the_lowest_index() -> None:
     tensors["a.gate_bias"] = np.array([1, 2, 2, 2], np.float32)
     result = run_reference(dataclasses.replace(program, tensors=tensors), np.ones((1, 3, 6, 6)))
     assert result.decisions["a"].channels.tolist() == [[False, True, True, False]]
-    assert result.saliencies["a"].tolist() == [[1, 2, 2, 2]]
+    assert result.saliencies["a"]["channels"].tolist() == [[1, 2, 2, 2]]
 
 
 def test_photographs_are_normalised() -> None:
@@ -186,9 +186,13 @@ def test_photographs_are_normalised() -> None:
         (np.zeros((1, 3, 6, 6), np.uint8), {}, "no preprocessing"),
         (np.zeros((1, 3, 6, 6)), {"b": Decision(channels=np.ones((1, 4), bool))}, "no gated layer is named 'b'"),
         (np.zeros((1, 3, 6, 6)), {"a": Decision(channels=np.ones((2, 4), bool))}, r"must be bool \[1, 4\]"),
-        (np.zeros((1, 3, 6, 6)), {"a": Decision(layer=np.ones(1, bool))}, "must be bool"),
+        (
+            np.zeros((1, 3, 6, 6)),
+            {"a": Decision(layer=np.ones(1, bool))},
+            "says layer, but its gate decides on channels",
+        ),
     ],
 )
 def test_wrong_inputs(x: Any, forced: Any, message: str) -> None:
-    with pytest.raises(ProgramError, match=message):
+    with pytest.raises(ThriftyError, match=message):
         run_reference(small_program(preprocessing=None), x, forced)

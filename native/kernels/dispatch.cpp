@@ -8,13 +8,16 @@ namespace thrifty {
 namespace {
 
 std::vector<Kernels> available() {
-    std::vector<Kernels> found{{"generic", generic::make_convolution, &generic::simple_kernels()}};
+    std::vector<Kernels> found{
+        {"generic", generic::make_convolution, &generic::simple_kernels(), generic::make_column_convolution}};
 #ifdef THRIFTY_X86
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx2) found.push_back({"avx2", avx2::make_convolution, &avx2::simple_kernels()});
+    if (avx2)
+        found.push_back({"avx2", avx2::make_convolution, &avx2::simple_kernels(), avx2::make_column_convolution});
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
-        found.push_back({"avx512", avx512::make_convolution, &avx512::simple_kernels()});
+        found.push_back(
+            {"avx512", avx512::make_convolution, &avx512::simple_kernels(), avx512::make_column_convolution});
 #endif
     return found;
 }

@@ -7,6 +7,7 @@
 
 #include <vector>
 
+#include "columns.h"
 #include "conv.h"
 #include "simple.h"
 
@@ -16,6 +17,7 @@ struct Kernels {
     const char* isa;
     MakeConvolution make_convolution;
     const SimpleKernels* simple;
+    MakeColumnConvolution make_column_convolution;
 };
 
 // The best that the CPU has, or what THRIFTY_ISA names. Throws std::runtime_error where that is unknown or cannot run

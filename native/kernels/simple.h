@@ -53,6 +53,8 @@ struct SimpleKernels {
 
     float (*sum)(ConstPlane x, Extent extent);
     float (*sum_magnitude)(ConstPlane x, Extent extent);
+    // y[h * width + w] = sum of |x| at (h, w), over the channels in their order, for rows [first, last).
+    void (*sum_columns)(const Map& x, Channels channels, int first, int last, float* y);
 
     // `scratch` takes pool_scratch(window) floats. Padding never wins the maximum; NaN does.
     void (*max_pool)(ConstPlane x, Plane y, const Window& window, float* scratch);

@@ -108,6 +108,36 @@ inline float sum_of(ConstPlane x, Extent extent) {
 float sum(ConstPlane x, Extent extent) { return sum_of<false>(x, extent); }
 float sum_magnitude(ConstPlane x, Extent extent) { return sum_of<true>(x, extent); }
 
+// `count` channels of a row, added in their order.
+template <int count>
+inline void add_magnitudes(const float* const* rows, float* __restrict y, int width) {
+    for (int w = 0; w < width; ++w) {
+        float value = y[w];
+        for (int k = 0; k < count; ++k) value += __builtin_fabsf(rows[k][w]);
+        y[w] = value;
+    }
+}
+
+void sum_columns(const Map& x, Channels channels, int first, int last, float* y) {
+    constexpr int together = 4;
+    const bool dense = x.row == x.width;  // rows without gaps are one long row
+    const int width = dense ? x.width * (last - first) : x.width;
+    for (int h = first; h < (dense ? first + 1 : last); ++h) {
+        float* const to = y + static_cast<std::ptrdiff_t>(h) * x.width;
+        __builtin_memset(to, 0, static_cast<std::size_t>(width) * sizeof(float));
+        for (int c = 0; c < channels.count; c += together) {
+            const int count = channels.count - c < together ? channels.count - c : together;
+            const float* rows[together];
+            for (int k = 0; k < count; ++k) rows[k] = x.channel(channels.index[c + k]) + h * x.row;
+            if (count == together) {
+                add_magnitudes<together>(rows, to, width);
+                continue;
+            }
+            for (int k = 0; k < count; ++k) add_magnitudes<1>(rows + k, to, width);
+        }
+    }
+}
+
 // ---- pooling
 
 struct Maximum {
@@ -324,7 +354,7 @@ void linear_panels(const float* panels, const float* bias, const float* x, const
 
 const SimpleKernels& simple_kernels() {
     static constexpr SimpleKernels kernels{
-        affine, add, multiply, activate, sum, sum_magnitude, max_pool, avg_pool, adaptive_avg_pool, adaptive_max_pool,
+        affine, add, multiply, activate, sum, sum_magnitude, sum_columns, max_pool, avg_pool, adaptive_avg_pool, adaptive_max_pool,
         layer_norm, linear_rows, linear_runs, linear_panels, input_bytes, input_floats,
     };
     return kernels;

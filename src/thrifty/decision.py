@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from thrifty.errors import ThriftyError
 
@@ -13,8 +16,8 @@ class Decision:
     """Decisions of one gate for a batch of N inputs; None where the gate does not decide on that axis.
 
     Attributes:
-        channels: bool [N, C], channels that are computed.
-        columns: bool [N, H, W], positions that are computed.
+        channels: bool [N, C], channels that are computed (or read, where the gate decides on a map that is read).
+        columns: bool [N, H, W], positions that are read.
         layer: bool [N], whether the layer is computed at all.
 
     The arrays are torch tensors or NumPy arrays.
@@ -33,3 +36,27 @@ class Decision:
                 raise ThriftyError(
                     f"a decision's {name} must be bool of rank {rank}, not {value.dtype} of shape {tuple(value.shape)}."
                 )
+
+    def checked(self, name: str, axes: Mapping[str, tuple[int, ...]], count: int) -> dict[str, np.ndarray[Any, Any]]:
+        """What is given of it as C-contiguous NumPy arrays, by axis.
+
+        Args:
+            name: of the gate that it is for.
+            axes: that the gate decides on: name -> shape for one input.
+            count: of inputs.
+
+        Raises:
+            ThriftyError: an axis is given that the gate does not decide on, or not in its shape.
+        """
+        given = {axis: getattr(self, axis) for axis in ("channels", "columns", "layer")}
+        given = {axis: value for axis, value in given.items() if value is not None}
+        for axis, value in given.items():
+            if axis not in axes:
+                known = " and ".join(axes) or "nothing"
+                raise ThriftyError(f"the decision for {name} says {axis}, but its gate decides on {known}.")
+            shape = (count, *axes[axis])
+            if tuple(value.shape) != shape:
+                raise ThriftyError(
+                    f"the {axis} decided for {name} are {list(value.shape)}, but must be bool {list(shape)}."
+                )
+        return {axis: np.ascontiguousarray(np.asarray(value)) for axis, value in given.items()}

@@ -1,10 +1,11 @@
-"""The engine: runs programs natively, so that channels which a gate skips take no time."""
+"""The engine: runs programs natively, so that what a gate skips takes no time."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from thrifty._native import Engine as NativeEngine
 from thrifty.decision import Decision
 from thrifty.density import Density, check_patterns, density_for, kept
 from thrifty.errors import ThriftyError
-from thrifty.program import Program, operator_tuples
+from thrifty.program import SETTINGS, Program, operator_tuples
 from thrifty.program_file import load_program, save_program
 from thrifty.zoo.programs import find_program
 
@@ -51,7 +52,7 @@ class Trace:
 
     Attributes:
         layers: the operators in the order of execution.
-        decisions: of each gated layer, by name; `channels` are bool [N, O].
+        decisions: of each gate, by name, on the axes that it decides on.
         output: what the call returns, as NumPy array.
         macs: int64 [N], executed in all layers and gates.
         ms: milliseconds of the whole call.
@@ -68,12 +69,11 @@ class Trace:
         rows = [("layer", "kind", "kernel", "ms", "gate ms", "M MACs", "kept")]
         for layer in self.layers:
             macs = float((layer.macs + layer.gate_macs).sum()) / count
-            channels = self.decisions[layer.name].channels if layer.name in self.decisions else None
             rows.append(
                 (
                     layer.name, layer.kind, layer.kernel, f"{layer.ms / count:.3f}",
                     f"{layer.gate_ms / count:.3f}" if layer.gate_ms else "", f"{macs / 1e6:.2f}" if macs else "",
-                    "" if channels is None or not channels.size else f"{channels.mean():.0%}",
+                    _kept(self.decisions.get(layer.name, Decision())),
                 )
             )  # fmt: skip
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -143,8 +143,8 @@ class Engine:
 
         Args:
             x: as for a call.
-            decisions: by name of the gated layer, `channels` bool [N, O]: they replace what the gate decides. The
-                gate still runs, for its saliencies scale the channels.
+            decisions: by name of the gate; they replace what it decides, on the axes that are given. The gate still
+                runs, for its saliencies scale what is computed.
 
         Raises:
             ThriftyError: x or a decision does not fit the program.
@@ -160,43 +160,72 @@ class Engine:
                 found["gate_macs"], strict=True,
             )
         )  # fmt: skip
-        made = {name: Decision(channels=found["decisions"][place]) for name, place in self._gates.items()}
+        made = {name: Decision(*found["decisions"][place]) for name, place in self._gates.items()}
         macs = sum((layer.macs + layer.gate_macs for layer in layers), np.zeros(len(images), np.int64))
         return Trace(layers, made, self._shaped(out), macs, found["total_ms"])
 
-    def set_density(self, density: Density) -> None:
-        """Change the share of channels that gates keep, for calls that begin after: nothing is compiled anew.
+    def set_density(self, density: Density | None = None, columns: Density | None = None) -> None:
+        """Change the shares that gates keep, for calls that begin after: nothing is compiled anew.
 
         Args:
-            density: in (0, 1], for all gated layers, or by pattern of names; layers that none fits keep theirs.
+            density: of channels, in (0, 1], for all gates that keep a share, or by pattern of names; gates that none
+                fits keep theirs. None: nothing changes.
+            columns: of positions, likewise.
 
         Raises:
-            ThriftyError: a density is out of range, a pattern fits no gated layer, or there is none.
+            ThriftyError: a density is out of range, a pattern fits no gate, or none keeps a share.
         """
-        if not self._gates:
-            raise ThriftyError("the program has no gated layer whose density could be set.")
-        check_patterns(density, self._gates)
-        for name, place in self._gates.items():
-            value = density_for(density, name)
-            if value is not None:
-                self._native.set_winners(place, kept(value, self._channels(place)))
+        changes = [
+            *self._shares(density, ("winners", "kept_channels"), "density"),
+            *self._shares(columns, ("kept_columns",), "density of columns"),
+        ]
+        for place, setting, share, size in changes:
+            self._native.set(place, setting, kept(share, size))
+
+    def set_threshold(self, threshold: float | Mapping[str, float]) -> None:
+        """Change the scores above which gates compute, for calls that begin after.
+
+        Args:
+            threshold: in [0, 1), for all gates that have one (of kinds 'clip' and 'layer_gate'), or by pattern of
+                names; gates that none fits keep theirs.
+
+        Raises:
+            ThriftyError: a threshold is out of range, a pattern fits no gate, or none has a threshold.
+        """
+        gates = self._with("threshold", "threshold")
+        for value in threshold.values() if isinstance(threshold, Mapping) else (threshold,):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise ThriftyError(f"threshold is {value!r}, but must be a number in [0, 1).")
+        for pattern in threshold if isinstance(threshold, Mapping) else ():
+            if not any(fnmatchcase(name, pattern) for name in gates):
+                raise ThriftyError(f"threshold names {pattern!r}, but no gate does. They are: {', '.join(gates)}.")
+        for name, (place, _) in gates.items():
+            chosen = density_for(threshold, name)
+            if chosen is not None:
+                self._native.set(place, "threshold", chosen)
 
     @property
     def program(self) -> Program:
-        """The program as it runs now, `set_density` included."""
+        """The program as it runs now, with the densities and thresholds that are set."""
         changed = {}
         for name, place in self._gates.items():
-            winners = self._native.winners(place)
-            if winners != self._program.operators[place].attributes["winners"]:
-                changed[name] = winners
+            settings = self._native.settings(place)
+            operator = self._program.operators[place]
+            if any(operator.setting(key) != value for key, value in settings.items()):
+                changed[name] = settings
         if changed:
-            self._program = self._program.with_winners(changed)
+            self._program = self._program.with_gates(changed)
         return self._program
 
     @property
     def density(self) -> float:
-        """Mean share of channels that the gated layers keep, 1 where none is gated."""
-        shares = [self._native.winners(place) / self._channels(place) for place in self._gates.values()]
+        """Mean share of channels kept by the gates that keep a share of them, 1 where there is none."""
+        shares = [
+            self._native.settings(place)[setting] / self._size(place, setting)
+            for name, place in self._gates.items()
+            for setting in SETTINGS[str(self._program.operators[place].gate)]
+            if setting in {"winners", "kept_channels"}
+        ]
         return sum(shares) / len(shares) if shares else 1.0
 
     @property
@@ -218,8 +247,39 @@ class Engine:
         gates = f", {len(self._gates)} gates at density {self.density:.2f}" if self._gates else ""
         return f"Engine({shape}, {len(self._program.operators)} operators{gates}, threads={self.threads}, {self.isa})"
 
-    def _channels(self, place: int) -> int:
-        return self._program.buffers[self._program.operators[place].output][0]
+    def _with(self, what: str, *settings: str) -> dict[str, tuple[int, str]]:
+        """Gates that have one of these settings, by name: their place, and which it is."""
+        found = {
+            name: (place, setting)
+            for name, place in self._gates.items()
+            for setting in SETTINGS[str(self._program.operators[place].gate)]
+            if setting in settings
+        }
+        if not found:
+            raise ThriftyError(f"the program has no gated layer whose {what} could be set.")
+        return found
+
+    def _shares(
+        self, density: Density | None, settings: tuple[str, ...], what: str
+    ) -> list[tuple[int, str, float, int]]:
+        """What a density changes: place, setting, share, and of how many."""
+        if density is None:
+            return []
+        gates = self._with(what, *settings)
+        check_patterns(density, gates)
+        return [
+            (place, setting, share, self._size(place, setting))
+            for name, (place, setting) in gates.items()
+            if (share := density_for(density, name)) is not None
+        ]
+
+    def _size(self, place: int, setting: str) -> int:
+        """Of how many channels or positions the gate keeps some."""
+        operator = self._program.operators[place]
+        channels, height, width = self._program.buffers[operator.inputs[0]]
+        if setting == "winners":
+            return self._program.buffers[operator.output][0]
+        return channels if setting == "kept_channels" else height * width
 
     def _shaped(self, out: Array) -> Array:
         return out.reshape(out.shape[:2]) if self._program.flat else out
@@ -251,18 +311,15 @@ class Engine:
             x = x.copy()
         return x, channels_last
 
-    def _forced(self, decisions: Mapping[str, Decision], count: int) -> dict[int, Array]:
+    def _forced(self, decisions: Mapping[str, Decision], count: int) -> dict[int, tuple[Array | None, ...]]:
+        program = self.program
         forced = {}
         for name, decision in decisions.items():
             if name not in self._gates:
                 known = ", ".join(self._gates) or "none"
                 raise ThriftyError(f"there is a decision for {name!r}, which is no gated layer. They are: {known}.")
-            place = self._gates[name]
-            shape = (count, self._channels(place))
-            if decision.channels is None or tuple(decision.channels.shape) != shape:
-                given = None if decision.channels is None else list(decision.channels.shape)
-                raise ThriftyError(f"the channels decided for {name} are {given}, but must be bool {list(shape)}.")
-            forced[place] = np.ascontiguousarray(np.asarray(decision.channels))
+            given = decision.checked(name, program.axes(name), count)
+            forced[self._gates[name]] = tuple(given.get(axis) for axis in ("channels", "columns", "layer"))
         return forced
 
 
@@ -277,6 +334,12 @@ def load(path: str | Path, threads: int = 1) -> Engine:
         ThriftyError: the file is missing, damaged or of a newer version, or `threads` is out of range.
     """
     return Engine(load_program(find_program(path)), threads)
+
+
+def _kept(decision: Decision) -> str:
+    """Shares that it keeps, axis by axis."""
+    shares = [getattr(decision, axis) for axis in ("channels", "columns", "layer")]
+    return " x ".join(f"{share.mean():.0%}" for share in shares if share is not None and share.size)
 
 
 def _is_tensor(x: Any) -> bool:

@@ -5,12 +5,13 @@ new buffer; buffer 0 is the input. All shapes are per image, [C, H, W]; a vector
 
 | kind | reads | attributes | tensors |
 |---|---|---|---|
-| conv | x, maybe a residual | stride, padding, dilation, groups; gate, winners | weight, bias; gate_weight, gate_bias |
+| conv | x, maybe a residual | stride, padding, dilation, groups; scaled; gate and its | weight, bias; gate_weight, |
+| | | settings | gate_bias |
 | linear | x [F, 1, 1] | | weight [O, F], bias [O] |
 | affine | x | | scale [C], maybe shift [C]: x * scale + shift |
 | activation | x | | |
 | add | a, b; b may be [C, 1, 1] | | |
-| mul | a, b; b may be [C, 1, 1] or [1, H, W] | | |
+| mul | a, b; b may be [C, 1, 1], [1, H, W] or [1, 1, 1] | | |
 | concat | one or more, along the channels | | |
 | gather | x | | index [C_out] int32: y[c] = x[index[c]], and zero where index[c] is -1 |
 | max_pool | x | kernel, stride, padding, dilation | |
@@ -19,12 +20,26 @@ new buffer; buffer 0 is the input. All shapes are per image, [C, H, W]; a vector
 | pad | x | padding, value | |
 | layer_norm | x | epsilon | weight [C], bias [C]: over the channels of each position |
 | flatten | x [C, H, W] -> [C * H * W, 1, 1] | | |
+| layer_gate | x -> [1, 1, 1]: whether operators that it guards run | threshold | weight [1, C], bias [1] |
 
 `stride`, `kernel` and `dilation` are (vertical, horizontal), `padding` is (top, bottom, left, right). conv, linear,
 affine, activation, add and mul end in an `activation`, one of ACTIVATIONS; `slope` is that of leaky_relu. A convolution
-computes act(s[o] * (sum of W x + bias[o]) + residual[o]). With gate='topk', s[o] is the saliency of output channel o if
-it is among the `winners` highest ones and 0 otherwise, and saliency[o] = relu(sum over c of gate_weight[o, c] *
-mean |x[c]| + gate_bias[o]) (FBS, arXiv 1810.05331); without a gate, s is 1.
+computes act(g * s[o] * (sum of W x + bias[o]) + residual[o]); g and s are 1 but for what follows.
+
+A `gate` on a convolution decides, for each image, what is computed; ties go to the lowest index and NaN comes last:
+
+- 'topk' (FBS, arXiv 1810.05331): s[o] is the saliency of output channel o if it is among the `winners` highest ones and
+  0 otherwise; saliency[o] = relu(sum over c of gate_weight[o, c] * mean |x[c]| + gate_bias[o]).
+- 'clip' (C-Net of LC-Net, arXiv 2007.15151): s[o] is the saliency of output channel o if it exceeds `threshold` and 0
+  otherwise; saliency[o] = min(relu(sum over c of gate_weight[o, c] * mean x[c] + gate_bias[o]), 1).
+- 'attention' (AntiDote, arXiv 2008.06543): x counts as zero outside the `kept_channels` channels with the highest mean
+  |x| over positions and the `kept_columns` positions with the highest mean |x| over all channels. Where all of an axis
+  are kept, the gate does not decide on it.
+
+Output channels with s = 0 are not computed, nor is what reads zeros. A layer_gate (L-Net of LC-Net) decides on the
+operators whose `guard` its output is: they run where the score clip(weight . mean x + bias, 0, 1) exceeds `threshold`.
+Its output is the score where they run, else zero. An operator that does not run leaves zeros, whatever its activation;
+a convolution with a residual leaves act(residual). With `scaled` = 1, g is the guard's output.
 """
 
 from __future__ import annotations
@@ -52,7 +67,20 @@ FILL_ZEROS = frozenset({"sigmoid", "hardsigmoid"})
 
 KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "conv": (
-        ("stride", "padding", "dilation", "groups", "activation", "slope", "gate", "winners"),
+        (
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "activation",
+            "slope",
+            "gate",
+            "winners",
+            "threshold",
+            "kept_channels",
+            "kept_columns",
+            "scaled",
+        ),
         ("weight", "bias"),
         ("gate_weight", "gate_bias"),
     ),
@@ -70,8 +98,17 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "pad": (("padding", "value"), (), ()),
     "layer_norm": (("epsilon",), ("weight", "bias"), ()),
     "flatten": ((), (), ()),
+    "layer_gate": (("threshold",), ("weight", "bias"), ()),
 }
 """Kind -> attributes it may have, tensors it needs, tensors it may have."""
+
+SETTINGS = {
+    "topk": ("winners",),
+    "clip": ("threshold",),
+    "attention": ("kept_channels", "kept_columns"),
+    "layer_gate": ("threshold",),
+}
+"""Kind of gate -> its settings, which may change without anything else of a program."""
 
 LARGEST = 3e38
 """Of the numbers in a program; beyond it float32 has infinity only."""
@@ -113,6 +150,7 @@ class Operator:
         output: number of the buffer that it writes.
         attributes: its settings.
         tensors: its weights: role -> name in the program's tensors.
+        guard: number of the buffer of a layer_gate, which decides whether the operator runs; None: it always does.
     """
 
     kind: str
@@ -121,6 +159,7 @@ class Operator:
     output: int
     attributes: Mapping[str, Attribute] = field(default_factory=dict)
     tensors: Mapping[str, str] = field(default_factory=dict)
+    guard: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -132,6 +171,8 @@ class Operator:
         object.__setattr__(self, "inputs", _integers(self.inputs, f"{self.name}: inputs"))
         if not _is_integer(self.output):
             raise ProgramError(f"{self.name}: output is {self.output!r}, but must be the number of a buffer.")
+        if self.guard is not None and not _is_integer(self.guard):
+            raise ProgramError(f"{self.name}: guard is {self.guard!r}, but must be the number of a buffer, or None.")
         known, needed, optional = KINDS[self.kind]
         attributes = {key: _attribute(value, f"{self.name}: {key}") for key, value in self.attributes.items()}
         if set(attributes) - set(known):
@@ -153,7 +194,7 @@ class Operator:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Operator, (
-            self.kind, self.name, self.inputs, self.output, dict(self.attributes), dict(self.tensors)
+            self.kind, self.name, self.inputs, self.output, dict(self.attributes), dict(self.tensors), self.guard
         )  # fmt: skip
 
     @property
@@ -162,9 +203,21 @@ class Operator:
         return str(self.attributes.get("activation", "none"))
 
     @property
+    def gate(self) -> str | None:
+        """Kind of the gate that it has or is, one of SETTINGS; None where it decides nothing."""
+        if self.kind == "layer_gate":
+            return self.kind
+        gate = self.attributes.get("gate")
+        return None if gate is None else str(gate)
+
+    @property
     def gated(self) -> bool:
-        """Whether a gate decides which of its channels are computed."""
-        return "gate" in self.attributes
+        """Whether it decides, for each image, what is computed."""
+        return self.gate is not None
+
+    def setting(self, name: str) -> Any:
+        """The gate's setting of this name, a number."""
+        return self.attributes.get(name, 0)
 
     def pair(self, name: str, default: int = 1) -> tuple[int, int]:
         """The attribute (vertical, horizontal) of this name."""
@@ -239,8 +292,23 @@ class Program:
 
     @property
     def gated(self) -> dict[str, int]:
-        """Gated layers: name -> place among the operators."""
+        """Gates: name of the operator -> its place among the operators."""
         return {operator.name: i for i, operator in enumerate(self.operators) if operator.gated}
+
+    def axes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """What the gate of this name decides on: fields of `Decision` -> their shape for one image."""
+        operator = self.operators[self.gated[name]]
+        if operator.gate == "layer_gate":
+            return {"layer": ()}
+        if operator.gate != "attention":
+            return {"channels": (self.buffers[operator.output][0],)}
+        channels, height, width = self.buffers[operator.inputs[0]]
+        axes: dict[str, tuple[int, ...]] = {}
+        if operator.setting("kept_channels") < channels:
+            axes["channels"] = (channels,)
+        if operator.setting("kept_columns") < height * width:
+            axes["columns"] = (height, width)
+        return axes
 
     def lifetimes(self) -> tuple[tuple[int, int], ...]:
         """For each buffer, the operator that writes it (-1: the input) and the last one that reads it.
@@ -251,7 +319,7 @@ class Program:
         read = [-1] * len(self.buffers)
         for i, operator in enumerate(self.operators):
             written[operator.output] = read[operator.output] = i
-            for buffer in operator.inputs:
+            for buffer in operator.inputs if operator.guard is None else (*operator.inputs, operator.guard):
                 read[buffer] = i
         read[self.output] = len(self.operators)
         return tuple(zip(written, read, strict=True))
@@ -266,25 +334,34 @@ class Program:
         return found
 
     def gate_macs(self) -> dict[str, int]:
-        """MACs per input of each gate, by name of the layer: all inputs are pooled, and the predictor runs in full."""
-        return {
-            name: math.prod(self.buffers[operator.inputs[0]]) + self.tensor(operator, "gate_weight").size
-            for name, operator in ((name, self.operators[place]) for name, place in self.gated.items())
-        }
+        """MACs per input of each gate, by name: x is summed, once for each axis, and the predictor runs in full."""
+        return {name: self._gate_macs(self.operators[place]) for name, place in self.gated.items()}
 
-    def with_winners(self, winners: Mapping[str, int]) -> Program:
-        """The same program with other numbers of winners, by name of the gated layer."""
-        unknown = set(winners) - set(self.gated)
+    def _gate_macs(self, operator: Operator) -> int:
+        size = math.prod(self.buffers[operator.inputs[0]])
+        if operator.gate == "attention":
+            return size * len(self.axes(operator.name))
+        return size + self.tensor(operator, "weight" if operator.gate == "layer_gate" else "gate_weight").size
+
+    def with_gates(self, settings: Mapping[str, Mapping[str, int | float]]) -> Program:
+        """The same program with other settings of gates: name -> settings that change (see SETTINGS).
+
+        Raises:
+            ProgramError: there is no such gate, or it has no such setting, or not of this value.
+        """
+        unknown = set(settings) - set(self.gated)
         if unknown:
             raise ProgramError(
                 f"no gated layer is named {', '.join(sorted(unknown))}. They are: {', '.join(self.gated)}."
             )
-        operators = [
-            replace(operator, attributes={**operator.attributes, "winners": winners[operator.name]})
-            if operator.name in winners
-            else operator
-            for operator in self.operators
-        ]
+        operators = list(self.operators)
+        for name, changes in settings.items():
+            operator = operators[self.gated[name]]
+            known = SETTINGS[str(operator.gate)]
+            if set(changes) - set(known):
+                wrong = ", ".join(sorted(set(changes) - set(known)))
+                raise ProgramError(f"{name}: its gate has no setting {wrong}. It has: {', '.join(known)}.")
+            operators[self.gated[name]] = replace(operator, attributes={**operator.attributes, **changes})
         return replace(self, operators=tuple(operators))
 
     def __str__(self) -> str:
@@ -301,6 +378,7 @@ def operator_tuples(program: Program) -> list[tuple[Any, ...]]:
             operator.output,
             dict(operator.attributes),
             {role: program.tensors[name] for role, name in operator.tensors.items()},
+            -1 if operator.guard is None else operator.guard,
         )
         for operator in program.operators
     ]
@@ -427,9 +505,24 @@ def _details(program: Program, place: int) -> str:
     if operator.kind == "conv" and len(operator.inputs) > 1:
         parts.append("+ residual")
     if operator.gated:
-        channels = program.buffers[operator.output][0]
-        parts.append(f"gate {values['gate']}: {values['winners']} of {channels}")
+        parts.append(_gate(program, operator))
+    if operator.guard is not None:
+        parts.append(f"{'scaled' if operator.setting('scaled') else 'guarded'} by {operator.guard}")
     return ", ".join(parts)
+
+
+def _gate(program: Program, operator: Operator) -> str:
+    if operator.gate == "layer_gate":
+        return f"runs above {operator.setting('threshold')}"
+    if operator.gate == "clip":
+        return f"gate clip: above {operator.setting('threshold')}"
+    if operator.gate == "topk":
+        return f"gate topk: {operator.setting('winners')} of {program.buffers[operator.output][0]}"
+    channels, height, width = program.buffers[operator.inputs[0]]
+    return (
+        f"gate attention: {operator.setting('kept_channels')} of {channels} channels, "
+        f"{operator.setting('kept_columns')} of {height * width} columns"
+    )
 
 
 def _by(pair: Iterable[int]) -> str:

@@ -17,7 +17,8 @@ from thrifty.errors import ProgramError
 from thrifty.files import replacing
 from thrifty.program import Operator, Preprocessing, Program
 
-FORMAT = 1
+FORMAT = 2
+"""Version that is written, and the newest that is read. Since 2: guards, gates that are not 'topk', layer_gate."""
 KEY = "thrifty-program"
 MAX_OPERATORS = 100_000
 MAX_TEXT = 1 << 24
@@ -35,17 +36,7 @@ def save_program(program: Program, path: str | Path) -> None:
     description = {
         "format": FORMAT,
         "buffers": program.buffers,
-        "operators": [
-            {
-                "kind": operator.kind,
-                "name": operator.name,
-                "inputs": operator.inputs,
-                "output": operator.output,
-                "attributes": dict(operator.attributes),
-                "tensors": dict(operator.tensors),
-            }
-            for operator in program.operators
-        ],
+        "operators": [_described(operator) for operator in program.operators],
         "output": program.output,
         "flat": program.flat,
         "classes": program.classes,
@@ -56,6 +47,20 @@ def save_program(program: Program, path: str | Path) -> None:
     }
     with replacing(path) as temporary:
         save_file(dict(program.tensors), temporary, metadata={KEY: json.dumps(description)})
+
+
+def _described(operator: Operator) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "kind": operator.kind,
+        "name": operator.name,
+        "inputs": operator.inputs,
+        "output": operator.output,
+        "attributes": dict(operator.attributes),
+        "tensors": dict(operator.tensors),
+    }
+    if operator.guard is not None:
+        described["guard"] = operator.guard
+    return described
 
 
 def load_program(path: str | Path) -> Program:
@@ -112,7 +117,8 @@ def _program(values: dict[str, Any], tensors: dict[str, Any]) -> Program:
         buffers=tuple(values["buffers"]),
         operators=tuple(
             Operator(
-                item["kind"], item["name"], item["inputs"], item["output"], item["attributes"], item["tensors"]
+                item["kind"], item["name"], item["inputs"], item["output"], item["attributes"], item["tensors"],
+                item.get("guard"),
             )
             for item in values["operators"]
         ),

@@ -1,6 +1,6 @@
 """The reference executor: slow, obvious NumPy that says what a program computes. The others are tested against it.
 
-Channels that a gate skips are not computed: they stay exactly zero, and nothing that reads them multiplies by them.
+What a gate skips is not computed: it stays exactly zero, and nothing that reads it multiplies by it.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class Result:
 
     Attributes:
         output: [N, C, H, W], or [N, C] where the program's output is flat.
-        decisions: of each gated layer, by name; `channels` are bool [N, O].
-        saliencies: [N, O] for each gated layer by name.
+        decisions: of each gate, by name, on the axes that it decides on.
+        saliencies: what they follow from: name -> axis -> [N, ...] like the decision; zero where a guard said no.
         macs: int64 [N] for each convolution and linear layer by name, as executed, gates not included.
-        gate_macs: int64 [N] for each gated layer by name.
+        gate_macs: int64 [N] for each gate by name.
     """
 
     output: Array
     decisions: dict[str, Decision]
-    saliencies: dict[str, Array]
+    saliencies: dict[str, dict[str, Array]]
     macs: dict[str, Array]
     gate_macs: dict[str, Array]
 
@@ -59,27 +59,34 @@ def run_reference(
     Args:
         program: what to run.
         x: float [N, C, H, W], normalised, or uint8 where the program has preprocessing.
-        decisions: by name of the gated layer, `channels` bool [N, O]: they replace the gate's own choice of winners.
+        decisions: by name of the gate: they replace the gate's own on the axes that are given.
         dtype: in which everything is computed.
 
     Raises:
-        ProgramError: x is not what the program takes, or a decision does not fit.
+        ProgramError: x is not what the program takes, or a decision is for no gate.
+        ThriftyError: a decision does not fit.
     """
     x = _inputs(program, x, dtype)
     forced = _forced(program, decisions or {}, len(x))
-    runs = [_Run(program, image, {name: rows[i] for name, rows in forced.items()}) for i, image in enumerate(x)]
+    runs = [
+        _Run(program, image, {name: {axis: rows[i] for axis, rows in axes.items()} for name, axes in forced.items()})
+        for i, image in enumerate(x)
+    ]
     outputs = [run.output() for run in runs]
-    output = np.stack(outputs) if outputs else np.zeros((0, *program.buffers[program.output]), dtype)
+    output = np.stack(outputs)
     if program.flat:
         output = output.reshape(len(x), program.buffers[program.output][0])
+
+    def by_axis(part: str, name: str) -> dict[str, Array]:
+        return {axis: np.array([getattr(run, part)[name][axis] for run in runs]) for axis in program.axes(name)}
 
     def gathered(part: str, names: Any) -> dict[str, Array]:
         return {name: np.array([getattr(run, part)[name] for run in runs]) for name in names}
 
     return Result(
         output,
-        {name: Decision(channels=rows) for name, rows in gathered("decisions", program.gated).items()},
-        gathered("saliencies", program.gated),
+        {name: Decision(**by_axis("decisions", name)) for name in program.gated},
+        {name: by_axis("saliencies", name) for name in program.gated},
         gathered("macs", program.macs()),
         gathered("gate_macs", program.gated),
     )
@@ -99,44 +106,54 @@ def _inputs(program: Program, x: Array, dtype: DTypeLike) -> Array:
     return (x.astype(dtype) / 255 - mean) / std
 
 
-def _forced(program: Program, decisions: Mapping[str, Decision], count: int) -> dict[str, Array]:
-    forced = {}
+def _forced(program: Program, decisions: Mapping[str, Decision], count: int) -> dict[str, dict[str, Array]]:
+    forced: dict[str, dict[str, Array]] = {}
     for name, decision in decisions.items():
         if name not in program.gated:
             raise ProgramError(f"no gated layer is named {name!r}. They are: {', '.join(program.gated)}.")
-        shape = (count, program.buffers[program.operators[program.gated[name]].output][0])
-        if decision.channels is None or tuple(decision.channels.shape) != shape:
-            given = None if decision.channels is None else list(decision.channels.shape)
-            raise ProgramError(f"the channels decided for {name} are {given}, but must be bool {list(shape)}.")
-        forced[name] = np.asarray(decision.channels)
+        forced[name] = decision.checked(name, program.axes(name), count)
     return forced
 
 
 class _Run:
     """One image on its way through a program."""
 
-    def __init__(self, program: Program, image: Array, forced: Mapping[str, Array]) -> None:
+    def __init__(self, program: Program, image: Array, forced: Mapping[str, Mapping[str, Array]]) -> None:
         self.program = program
         self.forced = forced
-        self.maps: list[_Map] = [_Map(image, np.ones(len(image), bool))]
+        self.maps: dict[int, _Map] = {0: _Map(image, np.ones(len(image), bool))}
         self.dtype = image.dtype
-        self.decisions: dict[str, Array] = {}
-        self.saliencies: dict[str, Array] = {}
+        self.decisions: dict[str, dict[str, Array]] = {}
+        self.saliencies: dict[str, dict[str, Array]] = {}
         self.macs: dict[str, int] = {}
         self.gate_macs: dict[str, int] = {}
 
     def output(self) -> Array:
-        maps = dict(enumerate(self.maps))
         for operator in self.program.operators:
-            inputs = [maps[i] for i in operator.inputs]
-            result = getattr(self, f"_{operator.kind}")(operator, *inputs)
+            inputs = [self.maps[i] for i in operator.inputs]
+            if operator.guard is None or self.maps[operator.guard].active[0]:
+                result = getattr(self, f"_{operator.kind}")(operator, *inputs)
+            else:
+                result = self._skipped(operator, *inputs)
             shape = self.program.buffers[operator.output]
             if result.values.shape != shape:
                 raise ProgramError(
                     f"{operator.name} makes {list(result.values.shape)}, but its buffer is {list(shape)}."
                 )
-            maps[operator.output] = result
-        return maps[self.program.output].values
+            self.maps[operator.output] = result
+        return self.maps[self.program.output].values
+
+    def _skipped(self, operator: Operator, *inputs: _Map) -> _Map:
+        """What an operator leaves whose guard says no: nothing is computed, and its gate decides nothing."""
+        self.macs[operator.name] = self.gate_macs[operator.name] = 0
+        if operator.gated:
+            axes = self.program.axes(operator.name)
+            self.decisions[operator.name] = {axis: np.zeros(shape, bool) for axis, shape in axes.items()}
+            self.saliencies[operator.name] = {axis: np.zeros(shape, self.dtype) for axis, shape in axes.items()}
+        if operator.kind == "conv" and len(inputs) > 1:
+            return _activated(operator, inputs[1])
+        shape = self.program.buffers[operator.output]
+        return _Map(np.zeros(shape, self.dtype), np.zeros(shape[0], bool))
 
     def tensor(self, operator: Operator, role: str) -> Array:
         return self.program.tensor(operator, role).astype(self.dtype)
@@ -146,12 +163,19 @@ class _Run:
     def _conv(self, operator: Operator, x: _Map, residual: _Map | None = None) -> _Map:
         weight, bias = self.tensor(operator, "weight"), self.tensor(operator, "bias")
         outputs = len(weight)
-        scale, computed = np.ones(outputs, self.dtype), np.ones(outputs, bool)
-        if operator.gated:
-            scale, computed = self._decide(operator, x)
+        scale, computed, columns = np.ones(outputs, self.dtype), np.ones(outputs, bool), None
+        if operator.gate == "attention":
+            x, columns = self._attend(operator, x)
+        elif operator.gated:
+            scale, computed = self._choose(operator, x)
+        if operator.setting("scaled") and operator.guard is not None:
+            scale = scale * self.maps[operator.guard].values[0, 0, 0]
         groups = int(operator.attributes.get("groups", 1))  # type: ignore[arg-type]
         windows = _windows(_padded(x.values, operator.sides(), 0), weight.shape[2:], operator)
         height, width = windows.shape[1:3]
+        products = weight[0, 0].size * height * width  # of one channel with one filter
+        if columns is not None:
+            products = int(_windows(_padded(columns[None], operator.sides(), 0), weight.shape[2:], operator).sum())
         values = np.zeros((outputs, height, width), self.dtype)
         macs = 0
         per_in, per_out = weight.shape[1], outputs // groups
@@ -162,7 +186,7 @@ class _Run:
                 weight[made][:, read], windows[group * per_in + read], axes=((1, 2, 3), (0, 3, 4))
             )  # fmt: skip
             values[made] = scale[made, None, None] * (sums + bias[made, None, None])
-            macs += weight[0, 0].size * height * width * len(read) * len(made)
+            macs += products * len(read) * len(made)
         self.macs[operator.name] = macs
         active = computed
         if residual is not None:
@@ -170,19 +194,51 @@ class _Run:
             active = computed | residual.active
         return _activated(operator, _Map(values, active))
 
-    def _decide(self, operator: Operator, x: _Map) -> tuple[Array, Array]:
-        """Scale and decision of the gate."""
-        phi, rho = self.tensor(operator, "gate_weight"), self.tensor(operator, "gate_bias")
-        saliency = np.maximum(phi @ np.abs(x.values).mean((1, 2)) + rho, 0)
-        self.gate_macs[operator.name] = x.values.size + phi.size
-        if operator.name in self.forced:
-            winners = self.forced[operator.name]
+    def _choose(self, operator: Operator, x: _Map) -> tuple[Array, Array]:
+        """Scale and decision of a gate on output channels."""
+        weight, bias = self.tensor(operator, "gate_weight"), self.tensor(operator, "gate_bias")
+        self.gate_macs[operator.name] = x.values.size + weight.size
+        if operator.gate == "topk":
+            saliency = np.maximum(weight @ np.abs(x.values).mean((1, 2)) + bias, 0)
+            chosen = _highest(saliency, operator.setting("winners"))
         else:
-            ranked = np.argsort(-saliency, kind="stable")  # NaN goes last
-            winners = np.zeros(len(saliency), bool)
-            winners[ranked[: int(operator.attributes["winners"])]] = True  # type: ignore[arg-type]
-        self.decisions[operator.name], self.saliencies[operator.name] = winners, saliency
-        return np.where(winners, saliency, 0), winners
+            saliency = np.clip(weight @ x.values.mean((1, 2)) + bias, 0, 1)
+            chosen = saliency > operator.setting("threshold")
+        chosen = self._decided(operator, "channels", saliency, chosen)
+        return np.where(chosen, saliency, 0), chosen
+
+    def _attend(self, operator: Operator, x: _Map) -> tuple[_Map, Array | None]:
+        """What is read of x, and its columns where the gate decides on them."""
+        axes = self.program.axes(operator.name)
+        self.decisions[operator.name], self.saliencies[operator.name] = {}, {}
+        self.gate_macs[operator.name] = x.values.size * len(axes)
+        values, read, columns = x.values, x.active, None
+        magnitude = np.abs(values)
+        if "channels" in axes:
+            attention = magnitude.mean((1, 2))
+            kept = _highest(attention, operator.setting("kept_channels"))
+            read = read & self._decided(operator, "channels", attention, kept)
+            values = np.where(read[:, None, None], values, 0)
+        if "columns" in axes:
+            attention = magnitude.mean(0)
+            kept = _highest(attention.ravel(), operator.setting("kept_columns")).reshape(attention.shape)
+            columns = self._decided(operator, "columns", attention, kept)
+            values = np.where(columns, values, 0)
+        return _Map(values, read), columns
+
+    def _layer_gate(self, operator: Operator, x: _Map) -> _Map:
+        weight, bias = self.tensor(operator, "weight"), self.tensor(operator, "bias")
+        self.gate_macs[operator.name] = x.values.size + weight.size
+        score = np.clip(weight @ x.values.mean((1, 2)) + bias, 0, 1)[0]
+        runs = self._decided(operator, "layer", score, score > operator.setting("threshold"))
+        return _Map(np.where(runs, score, np.zeros_like(score)).reshape(1, 1, 1), runs.reshape(1))
+
+    def _decided(self, operator: Operator, axis: str, saliency: Array, own: Array) -> Array:
+        """The decision that counts, the gate's own or the forced one, written down."""
+        decision = np.asarray(self.forced.get(operator.name, {}).get(axis, own))
+        self.decisions.setdefault(operator.name, {})[axis] = decision
+        self.saliencies.setdefault(operator.name, {})[axis] = saliency
+        return decision
 
     def _linear(self, operator: Operator, x: _Map) -> _Map:
         weight, bias = self.tensor(operator, "weight"), self.tensor(operator, "bias")
@@ -269,6 +325,13 @@ class _Run:
                 left, right = column * width // columns, -((column + 1) * width // -columns)
                 values[:, row, column] = reduce(x.values[:, top:bottom, left:right])
         return _Map(values, x.active)
+
+
+def _highest(scores: Array, count: int) -> Array:
+    """bool like the scores [K]: the `count` highest, ties to the lowest index, NaN last."""
+    chosen = np.zeros(len(scores), bool)
+    chosen[np.argsort(-scores, kind="stable")[:count]] = True
+    return chosen
 
 
 def _full(values: Array) -> _Map:
