@@ -64,19 +64,15 @@ inline void transpose(V (&square)[lanes]) {
     }
 }
 
-// Writes `count` lanes from lane `from` on to p + from.
-inline void store_stretch(float* p, V v, int from, int count) {
-    if (count == lanes) {
-        store(p, v);
+// Writes the first `count` lanes, as store_part() does.
+inline void store_first(float* p, V v, int count) {
+#if THRIFTY_VECTOR == 16
+    if (count < lanes) {
+        _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), reinterpret_cast<__m512>(v));
         return;
     }
-#if THRIFTY_VECTOR == 16
-    _mm512_mask_storeu_ps(p, static_cast<__mmask16>(((1u << count) - 1) << from), reinterpret_cast<__m512>(v));
-#else
-    float all[lanes];
-    store(all, v);
-    for (int i = from; i < from + count; ++i) p[i] = all[i];
 #endif
+    store_part(p, v, count);
 }
 
 class ColumnsConvolution final : public ColumnConvolution {
@@ -111,7 +107,7 @@ public:
     }
 
     std::size_t scratch() const override {
-        return std::size_t(block_rows_ * shape_.out_width + lanes) * tile_vectors * lanes;
+        return sum_floats() + std::size_t(lanes) * plane_floats();
     }
 
     std::size_t shared() const override {
@@ -191,6 +187,14 @@ private:
         return std::size_t(shape_.groups) * shape_.taps() * shape_.in_per_group() * vectors_ * lanes;
     }
     std::size_t bias_floats() const { return std::size_t(shape_.groups) * vectors_ * lanes; }
+
+    std::size_t sum_floats() const {
+        return std::size_t(block_rows_ * shape_.out_width + lanes) * tile_vectors * lanes;
+    }
+    // Rows are read up to a vector past their end. Not a power of two, whose multiples share few places in a cache.
+    std::ptrdiff_t plane_floats() const {
+        return static_cast<std::ptrdiff_t>(round_up(block_rows_ * shape_.out_width + lanes, 32) + 16);
+    }
 
     Parts parts_of(float* shared) const {
         Parts parts;
@@ -334,36 +338,39 @@ private:
             }
         }
         write<VECTORS>(call, group * shape_.out_per_group() + vector * lanes,
-                       std::min(width, shape_.out_per_group() - vector * lanes), rows, sums);
+                       std::min(width, shape_.out_per_group() - vector * lanes), rows, sums, sums + sum_floats());
     }
 
-    // Sums of neighbouring pixels become vectors of each output channel, `lanes` pixels at a time.
+    // Sums become planes, in memory that stays in the first cache: what is written outside of it is written in rows.
     template <int VECTORS>
-    void write(const ColumnCall& call, int first, int outputs, Range rows, const float* sums) const {
+    void write(const ColumnCall& call, int first, int outputs, Range rows, const float* sums, float* planes) const {
         constexpr int width = VECTORS * lanes;
         const V scale = broadcast(call.scale);
-        const Range pixels{rows.first * shape_.out_width, rows.last * shape_.out_width};
-        for (int p = pixels.first; p < pixels.last; p += lanes, sums += lanes * width) {
-            for (int v = 0; v * lanes < outputs; ++v) {
+        const int pixels = (rows.last - rows.first) * shape_.out_width;
+        for (int v = 0; v * lanes < outputs; ++v) {
+            const int number = std::min(lanes, outputs - v * lanes);
+            for (int p = 0; p < pixels; p += lanes) {
                 V square[lanes];
-                for (int i = 0; i < lanes; ++i) square[i] = load(sums + i * width + v * lanes) * scale;
+                for (int i = 0; i < lanes; ++i) square[i] = load(sums + (p + i) * width + v * lanes) * scale;
                 transpose(square);
-                const Range stretch{p, std::min(p + lanes, pixels.last)};
-                const int number = std::min(lanes, outputs - v * lanes);
-                for (int o = 0; o < number; ++o) write_stretch(call, first + v * lanes + o, stretch, square[o]);
+                for (int o = 0; o < lanes; ++o) store(planes + o * plane_floats() + p, square[o]);
             }
+            for (int o = 0; o < number; ++o) write_rows(call, first + v * lanes + o, rows, planes + o * plane_floats());
         }
     }
 
-    void write_stretch(const ColumnCall& call, int o, Range pixels, V sum) const {
-        float* const out = call.out.channel(o);
-        const bool residual = call.residual.data && (!call.residual_active || call.residual_active[o]);
-        each_stretch(pixels, shape_.out_width, [&](int y, int x, int number, int at) {
-            V v = sum;
-            if (residual) v += load(call.residual.channel(o) + y * call.residual.row + x - at);
-            v = activate(v, shape_.activation, shape_.slope);
-            store_stretch(out + y * call.out.row + x - at, v, at, number);
-        });
+    void write_rows(const ColumnCall& call, int o, Range rows, const float* from) const {
+        float* out = call.out.channel(o) + rows.first * call.out.row;
+        const bool added = call.residual.data && (!call.residual_active || call.residual_active[o]);
+        const float* residual = added ? call.residual.channel(o) + rows.first * call.residual.row : nullptr;
+        for (int y = rows.first; y < rows.last; ++y, from += shape_.out_width, out += call.out.row) {
+            for (int x = 0; x < shape_.out_width; x += lanes) {
+                V v = load(from + x);
+                if (residual) v += load(residual + x);
+                store_first(out + x, activate(v, shape_.activation, shape_.slope), std::min(lanes, shape_.out_width - x));
+            }
+            if (residual) residual += call.residual.row;
+        }
     }
 
     using AddColumns = void (*)(const float*, const float*, const int*, int, const Reach*, float*);
