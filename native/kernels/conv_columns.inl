@@ -266,45 +266,72 @@ private:
     // from the first output row, then by the quotient: a tap reads rows of one remainder, and their outputs are
     // neighbours. What stands before each quotient is counted, so that the columns of a block of output rows lie in
     // one piece under each tap.
-    void list_columns(const ColumnCall& call, int k, const Parts& parts) const {
-        Reach* const reach = reach_of(parts, k);
+    __attribute__((noinline)) void list_columns(const ColumnCall& call, int k, const Parts& parts) const {
+        Reach* reach = reach_of(parts, k);
+        const Reach* const begin = reach;
         const int* const across = across_.get() + std::ptrdiff_t{k} * shape_.in_width;
         const int stride = shape_.stride_height, width = shape_.in_width, channels = call.active_in.count;
-        int n = 0;
+        const int* const last = call.columns + call.column_count;
         for (int remainder = 0; remainder < stride; ++remainder) {
             int* const start = start_of(parts, k, remainder);
-            int column = 0;
+            const int* column = call.columns;
+            int from = 0;
             for (int row = 0; row < classes_; ++row) {
-                start[row] = n;
+                start[row] = static_cast<int>(reach - begin);
                 const int y = row * stride + remainder - shape_.pad_top;
                 if (y < 0 || y >= shape_.in_height) continue;
-                const int first = y * width, last = first + width, to = row * shape_.out_width;
-                while (column < call.column_count && call.columns[column] < first) ++column;
-                for (; column < call.column_count && call.columns[column] < last; ++column) {
-                    const int x = across[call.columns[column] - first];
-                    reach[n] = {column * channels, to + x};
-                    n += x >= 0;
+                const int first = y * width, end = first + width, to = row * shape_.out_width;
+                for (; column < last && *column < first; ++column) from += channels;
+                for (; column < last && *column < end; ++column, from += channels) {
+                    const int x = across[*column - first];
+                    *reach = {from, to + x};
+                    reach += x >= 0;
                 }
             }
-            start[classes_] = n;
+            start[classes_] = static_cast<int>(reach - begin);
         }
     }
 
-    void gather(const ColumnCall& call, Range part, float* values) const {
+    __attribute__((noinline)) void gather(const ColumnCall& call, Range part, float* values) const {
         constexpr int most = 64;
-        const int channels = call.active_in.count, width = shape_.in_width;
-        int place[most];
+        const int channels = call.active_in.count;
+        std::ptrdiff_t place[most];
         for (int first = part.first; first < part.last; first += most) {
-            const int number = std::min(most, part.last - first);
-            for (int i = 0; i < number; ++i) {
-                const int y = call.columns[first + i] / width;
-                place[i] = static_cast<int>(y * call.in.row) + call.columns[first + i] - y * width;
-            }
+            const Range some{first, std::min(first + most, part.last)};
+            find(call, some, place);
             float* const to = values + std::ptrdiff_t{first} * channels;
-            for (int a = 0; a < channels; ++a) {
-                const float* const from = call.in.channel(call.active_in.index[a]);
-                for (int i = 0; i < number; ++i) to[std::ptrdiff_t{i} * channels + a] = from[place[i]];
+            int a = 0;
+            for (; a + 4 <= channels; a += 4) gather_channels<4>(call, a, place, some.last - first, to + a);
+            for (; a < channels; ++a) gather_channels<1>(call, a, place, some.last - first, to + a);
+        }
+    }
+
+    // Where columns lie in the planes of the input.
+    void find(const ColumnCall& call, Range columns, std::ptrdiff_t* place) const {
+        const int width = shape_.in_width;
+        int y = call.columns[columns.first] / width;
+        for (int i = columns.first; i < columns.last; ++y) {
+            const std::ptrdiff_t skip = y * (call.in.row - width);
+            for (const int end = (y + 1) * width; i < columns.last && call.columns[i] < end; ++i) {
+                *place++ = call.columns[i] + skip;
             }
+        }
+    }
+
+    // Copied as whole numbers: more of them can be read and written at once.
+    template <int NUMBER>
+    static void gather_channels(const ColumnCall& call, int first, const std::ptrdiff_t* place, int columns, float* values) {
+        typedef std::uint32_t Bits __attribute__((may_alias));
+        const Bits* from[NUMBER];
+        for (int c = 0; c < NUMBER; ++c) {
+            from[c] = reinterpret_cast<const Bits*>(call.in.channel(call.active_in.index[first + c]));
+        }
+        Bits* to = reinterpret_cast<Bits*>(values);
+        const std::ptrdiff_t step = call.active_in.count;
+        for (int i = 0; i < columns; ++i, to += step) {
+            const std::ptrdiff_t p = place[i];
+#pragma GCC unroll 4
+            for (int c = 0; c < NUMBER; ++c) to[c] = from[c][p];
         }
     }
 
