@@ -345,6 +345,7 @@ private:
             for (int v = 0; v < VECTORS; ++v) store(sums + p * width + v * lanes, load(bias + v * lanes));
         }
         const int first = parts.group[group], channels = parts.group[group + 1] - first;
+        const float* const values = parts.values + first;
         const float* weight = weight_ + (std::ptrdiff_t{group} * vectors_ + vector) * shape_.taps() * ins * lanes;
         for (int ky = 0; ky < shape_.kernel_height; ++ky) {
             const int down = ky * shape_.dilation_height / shape_.stride_height;
@@ -353,14 +354,16 @@ private:
             for (int kx = 0; kx < shape_.kernel_width; ++kx, weight += std::ptrdiff_t{ins} * width) {
                 const int* const start = start_of(parts, kx, remainder);
                 const int end = start[std::min(rows.last + down, classes_)];
-                const Reach* const reach = reach_of(parts, kx);
-                int at = start[std::min(rows.first + down, classes_)];
+                const Reach* at = reach_of(parts, kx) + start[std::min(rows.first + down, classes_)];
+                const int number = static_cast<int>(reach_of(parts, kx) + end - at);
+                if (number == 0) continue;
                 // Tiles as even as can be: short ones leave the adders idle.
-                for (int left = (end - at + tile_columns - 1) / tile_columns; left > 0; --left) {
-                    const int number = (end - at + left - 1) / left;
-                    add_tiles<VECTORS>[number - 1](parts.values + first, weight, parts.channel + first, channels,
-                                                   reach + at, target);
-                    at += number;
+                const int tiles = (number + tile_columns - 1) / tile_columns;
+                const int columns = number / tiles, wider = number % tiles;
+                for (int t = 0; t < tiles; ++t) {
+                    const int some = columns + (t < wider);
+                    add_tiles<VECTORS>[some - 1](values, weight, parts.channel + first, channels, at, target);
+                    at += some;
                 }
             }
         }
@@ -373,6 +376,7 @@ private:
     void write(const ColumnCall& call, int first, int outputs, Range rows, const float* sums, float* planes) const {
         constexpr int width = VECTORS * lanes;
         const V scale = broadcast(call.scale);
+        const std::ptrdiff_t plane = plane_floats();
         const int pixels = (rows.last - rows.first) * shape_.out_width;
         for (int v = 0; v * lanes < outputs; ++v) {
             const int number = std::min(lanes, outputs - v * lanes);
@@ -380,23 +384,37 @@ private:
                 V square[lanes];
                 for (int i = 0; i < lanes; ++i) square[i] = load(sums + (p + i) * width + v * lanes) * scale;
                 transpose(square);
-                for (int o = 0; o < lanes; ++o) store(planes + o * plane_floats() + p, square[o]);
+                for (int o = 0; o < lanes; ++o) store(planes + o * plane + p, square[o]);
             }
-            for (int o = 0; o < number; ++o) write_rows(call, first + v * lanes + o, rows, planes + o * plane_floats());
+            for (int o = 0; o < number; ++o) write_rows(call, first + v * lanes + o, rows, planes + o * plane);
         }
     }
 
     void write_rows(const ColumnCall& call, int o, Range rows, const float* from) const {
-        float* out = call.out.channel(o) + rows.first * call.out.row;
         const bool added = call.residual.data && (!call.residual_active || call.residual_active[o]);
-        const float* residual = added ? call.residual.channel(o) + rows.first * call.residual.row : nullptr;
-        for (int y = rows.first; y < rows.last; ++y, from += shape_.out_width, out += call.out.row) {
-            for (int x = 0; x < shape_.out_width; x += lanes) {
-                V v = load(from + x);
-                if (residual) v += load(residual + x);
-                store_first(out + x, activate(v, shape_.activation, shape_.slope), std::min(lanes, shape_.out_width - x));
-            }
-            if (residual) residual += call.residual.row;
+        if (shape_.activation == Activation::relu) {
+            if (added) write_plane<true, true>(call, o, rows, from);
+            else write_plane<false, true>(call, o, rows, from);
+        } else {
+            if (added) write_plane<true, false>(call, o, rows, from);
+            else write_plane<false, false>(call, o, rows, from);
+        }
+    }
+
+    template <bool RESIDUAL, bool RELU>
+    void write_plane(const ColumnCall& call, int o, Range rows, const float* from) const {
+        float* out = call.out.channel(o) + rows.first * call.out.row;
+        const float* residual = RESIDUAL ? call.residual.channel(o) + rows.first * call.residual.row : nullptr;
+        const int width = shape_.out_width, whole = width / lanes * lanes;
+        const auto value = [&](int x) {
+            V v = load(from + x);
+            if (RESIDUAL) v += load(residual + x);
+            return activate(v, RELU ? Activation::relu : shape_.activation, shape_.slope);
+        };
+        for (int y = rows.first; y < rows.last; ++y, from += width, out += call.out.row) {
+            for (int x = 0; x < whole; x += lanes) store(out + x, value(x));
+            if (whole < width) store_first(out + whole, value(whole), width - whole);
+            if (RESIDUAL) residual += call.residual.row;
         }
     }
 
