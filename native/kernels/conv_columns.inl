@@ -16,38 +16,55 @@ struct Reach {
 inline constexpr int tile_vectors = 2;  // of output channels
 inline constexpr int tile_columns = lanes == 16 ? 8 : 6;
 
-template <int VECTORS, int COLUMNS>
-void add_columns(const float* values, const float* weight, const int* channel, int channels, const Reach* reach,
-                 float* sums) {
-    constexpr int width = VECTORS * lanes;
-    const float* in[COLUMNS];
-    V sum[COLUMNS][VECTORS];
-#pragma GCC unroll 16
-    for (int c = 0; c < COLUMNS; ++c) {
-        in[c] = values + reach[c].from;
-        const float* const start = sums + std::ptrdiff_t{reach[c].to} * width;
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) sum[c][v] = load(start + v * lanes);
-    }
-    for (std::ptrdiff_t a = 0; a < channels; ++a) {
-        const float* const row = weight + std::ptrdiff_t{channel[a]} * width;
-        V w[VECTORS];
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) w[v] = load(row + v * lanes);
-#pragma GCC unroll 16
+// `tiles` tiles of so many columns, one after the other. AHEAD: weights of the next tap are fetched meanwhile, those that
+// lie where this tap's do. Large layers wait for their weights otherwise, whose gaps the processor doesn't foresee.
+template <int VECTORS, int COLUMNS, bool AHEAD>
+void add_columns(const float* values, const float* weight, const float* next, const int* channel, int channels,
+                 const Reach* reach, int tiles, float* sums) {
+    constexpr int width = VECTORS * lanes, line = 16;
+    for (int t = 0; t < tiles; ++t, reach += COLUMNS) {
+        const float* in[COLUMNS];
+        V sum[COLUMNS][VECTORS];
+#pragma GCC unroll 8
         for (int c = 0; c < COLUMNS; ++c) {
-            const V value = broadcast(in[c][a]);
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; ++v) sum[c][v] += value * w[v];
+            in[c] = values + reach[c].from;
+            const float* const start = sums + std::ptrdiff_t{reach[c].to} * width;
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; ++v) sum[c][v] = load(start + v * lanes);
+        }
+        const float* const ahead = next + (width > line ? t * line % width : 0);
+        for (std::ptrdiff_t a = 0; a < channels; ++a) {
+            const std::ptrdiff_t row = std::ptrdiff_t{channel[a]} * width;
+            if (AHEAD) __builtin_prefetch(ahead + row);
+            V w[VECTORS];
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; ++v) w[v] = load(weight + row + v * lanes);
+#pragma GCC unroll 8
+            for (int c = 0; c < COLUMNS; ++c) {
+                const V value = broadcast(in[c][a]);
+#pragma GCC unroll 2
+                for (int v = 0; v < VECTORS; ++v) sum[c][v] += value * w[v];
+            }
+        }
+#pragma GCC unroll 8
+        for (int c = 0; c < COLUMNS; ++c) {
+            float* const end = sums + std::ptrdiff_t{reach[c].to} * width;
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; ++v) store(end + v * lanes, sum[c][v]);
         }
     }
-#pragma GCC unroll 16
-    for (int c = 0; c < COLUMNS; ++c) {
-        float* const end = sums + std::ptrdiff_t{reach[c].to} * width;
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) store(end + v * lanes, sum[c][v]);
-    }
 }
+
+using AddColumns = void (*)(const float*, const float*, const float*, const int*, int, const Reach*, int, float*);
+
+template <int VECTORS, bool AHEAD>
+inline constexpr AddColumns add_tiles[] = {
+    add_columns<VECTORS, 1, AHEAD>, add_columns<VECTORS, 2, AHEAD>, add_columns<VECTORS, 3, AHEAD>,
+    add_columns<VECTORS, 4, AHEAD>, add_columns<VECTORS, 5, AHEAD>, add_columns<VECTORS, 6, AHEAD>,
+#if THRIFTY_VECTOR == 16
+    add_columns<VECTORS, 7, AHEAD>, add_columns<VECTORS, 8, AHEAD>,
+#endif
+};
 
 // Rows and columns of a square of vectors change places: each of log2(lanes) steps zips its halves.
 inline void transpose(V (&square)[lanes]) {
@@ -82,6 +99,7 @@ public:
           tiles_((vectors_ + tile_vectors - 1) / tile_vectors),
           classes_((shape.in_height - 1 + shape.pad_top) / shape.stride_height + 1),
           block_rows_(std::clamp(block_pixels / shape.out_width, 1, shape.out_height)),
+          far_(std::size_t(shape.taps()) * shape.in_per_group() * tile_vectors * lanes * sizeof(float) > far_bytes),
           memory_(new float[weight_floats() + bias_floats() + alignment]),
           across_(new int[std::size_t(shape.kernel_width) * shape.in_width]), pairs_x_(new int[shape.in_width]),
           pairs_y_(new int[shape.in_height]) {
@@ -164,6 +182,7 @@ public:
 
 private:
     static constexpr int alignment = 16;       // floats
+    static constexpr std::size_t far_bytes = 256 << 10;
     static constexpr int block_pixels = 256;   // whose sums stay in the first cache
     static constexpr int least_pixels = 128;   // that are worth reading all weights of a task
 
@@ -360,11 +379,14 @@ private:
                 // Tiles as even as can be: short ones leave the adders idle.
                 const int tiles = (number + tile_columns - 1) / tile_columns;
                 const int columns = number / tiles, wider = number % tiles;
-                for (int t = 0; t < tiles; ++t) {
-                    const int some = columns + (t < wider);
-                    add_tiles<VECTORS>[some - 1](values, weight, parts.channel + first, channels, at, target);
-                    at += some;
-                }
+                const auto add = [&](int each, int count) {
+                    const float* const next = weight + std::ptrdiff_t{ins} * width;
+                    const AddColumns added = far_ ? add_tiles<VECTORS, true>[each - 1] : add_tiles<VECTORS, false>[each - 1];
+                    added(values, weight, next, parts.channel + first, channels, at, count, target);
+                    at += each * count;
+                };
+                if (wider > 0) add(columns + 1, wider);
+                add(columns, tiles - wider);
             }
         }
         write<VECTORS>(call, group * shape_.out_per_group() + vector * lanes,
@@ -418,21 +440,12 @@ private:
         }
     }
 
-    using AddColumns = void (*)(const float*, const float*, const int*, int, const Reach*, float*);
-    template <int VECTORS>
-    static constexpr AddColumns add_tiles[] = {
-        add_columns<VECTORS, 1>, add_columns<VECTORS, 2>, add_columns<VECTORS, 3>, add_columns<VECTORS, 4>,
-        add_columns<VECTORS, 5>, add_columns<VECTORS, 6>,
-#if THRIFTY_VECTOR == 16
-        add_columns<VECTORS, 7>, add_columns<VECTORS, 8>,
-#endif
-    };
-
     ConvShape shape_;
     int vectors_;     // of outputs in a group
     int tiles_;       // of outputs in a group
     int classes_;     // input rows, padding above included, of one remainder under the stride
     int block_rows_;
+    bool far_;        // a tile's weights don't stay in the second cache
     std::unique_ptr<float[]> memory_;
     float* weight_;
     float* bias_;
