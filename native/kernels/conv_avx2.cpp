@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "columns.h"
 #include "conv.h"
 
 #define THRIFTY_ISA avx2
@@ -18,5 +19,6 @@ namespace thrifty::THRIFTY_ISA {
 #include "conv_winograd.inl"
 #include "conv_depthwise.inl"
 #include "conv.inl"
+#include "conv_columns.inl"
 
 }  // namespace thrifty::avx2

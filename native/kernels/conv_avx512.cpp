@@ -1,6 +1,9 @@
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cstdint>
 
+#include "columns.h"
 #include "conv.h"
 
 #define THRIFTY_ISA avx512
@@ -18,5 +21,6 @@ namespace thrifty::THRIFTY_ISA {
 #include "conv_winograd.inl"
 #include "conv_depthwise.inl"
 #include "conv.inl"
+#include "conv_columns.inl"
 
 }  // namespace thrifty::avx512
