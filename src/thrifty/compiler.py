@@ -57,8 +57,7 @@ def _check(engine: Engine, model: nn.Module, example: Tensor) -> None:
     if not np.isfinite(expected).all():
         raise LoweringError("the model's answer for the example is NaN or infinite: repair its weights or the example.")
     x = example.detach().to("cpu", torch.float32)
-    forced = {name: Decision(channels=decision.channels.cpu()) for name, decision in decided.items()}
-    found = engine.trace(x, forced).output
+    found = engine.trace(x, {name: _on_cpu(decision) for name, decision in decided.items()}).output
     largest = float(np.abs(expected).max())
     error = float(np.abs(found - expected).max()) / largest if largest else float(np.abs(found).max())
     if not error <= TOLERANCE:
@@ -67,3 +66,8 @@ def _check(engine: Engine, model: nn.Module, example: Tensor) -> None:
             f"than {TOLERANCE:.0e}. The model may amplify rounding errors, or change from call to call; check=False "
             "takes the engine as it is."
         )
+
+
+def _on_cpu(decision: Decision) -> Decision:
+    parts = (decision.channels, decision.columns, decision.layer)
+    return Decision(*(None if part is None else part.cpu() for part in parts))

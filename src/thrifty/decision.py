@@ -37,6 +37,14 @@ class Decision:
                     f"a decision's {name} must be bool of rank {rank}, not {value.dtype} of shape {tuple(value.shape)}."
                 )
 
+    def only(self, inputs: Any) -> Decision:
+        """The same for the inputs of a mask, bool [N]; nothing for the others."""
+
+        def masked(value: Any) -> Any:
+            return None if value is None else value & inputs.reshape(-1, *[1] * (value.ndim - 1))
+
+        return Decision(masked(self.channels), masked(self.columns), masked(self.layer))
+
     def checked(self, name: str, axes: Mapping[str, tuple[int, ...]], count: int) -> dict[str, np.ndarray[Any, Any]]:
         """What is given of it as C-contiguous NumPy arrays, by axis.
 

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from thrifty.decision import Decision
 from thrifty.errors import ThriftyError
-from thrifty.gates import Gate, gates_of
+from thrifty.gates import Gate, LayerGate, gates_of
 
 if TYPE_CHECKING:
     from thrifty.conversion import Conversion
@@ -44,7 +44,10 @@ class Dynamic(nn.Module):
 
 
 def decisions(model: nn.Module, x: Tensor) -> dict[str, Decision]:
-    """Decisions of every gate for inputs x [N, C, H, W], in evaluation mode, by name of the gated layer or block."""
+    """Decisions of every gate for inputs x [N, C, H, W], in evaluation mode, by name of the gated layer or block.
+
+    Gates inside of a block that is skipped decide nothing: theirs are all False there.
+    """
     if not isinstance(model, Dynamic):
         raise ThriftyError(f"{type(model).__name__} is a dense model and decides nothing. Convert it first.")
     found: dict[str, Decision] = {}
@@ -58,6 +61,10 @@ def decisions(model: nn.Module, x: Tensor) -> dict[str, Decision]:
     handles = [gate.register_forward_hook(note(name)) for name, gate in model.gates().items()]
     with evaluating(model), hooked(handles):
         model(x)
+    for gate in model.gates().values():
+        if isinstance(gate, LayerGate):
+            runs = found[gate.block].layer
+            found.update({name: found[name].only(runs) for name in gate.members if name in found})
     return found
 
 
