@@ -50,7 +50,7 @@ LEVELS = (
     {"train.optimiser", "train.build", "train.resume"},
     {"train.trainer", "train"},
     {""},
-    {"cli.show", "cli.options"},
+    {"cli.output", "cli.options"},
     {
         "cli.demo",
         "cli.train",
