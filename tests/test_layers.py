@@ -24,6 +24,7 @@ LEVELS = (
     {"methods.antidote", "methods.fbs"},
     {"methods"},
     {"converter", "evaluation", "lowering.nodes"},
+    {"tuning"},
     {"lowering.values", "lowering.fusion"},
     {"lowering.call"},
     {"lowering.gating"},
@@ -54,6 +55,7 @@ LEVELS = (
     {
         "cli.demo",
         "cli.train",
+        "cli.tune",
         "cli.evaluate",
         "cli.convert",
         "cli.predict",
