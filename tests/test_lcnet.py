@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from typing import Any
 
 import numpy as np
@@ -12,16 +10,16 @@ import timm
 import torch
 from numpy.typing import NDArray
 from randomised import no_initialisation, randomise, torchvision_cnn
-from small_nets import NETS, SIZE
+from small_nets import SIZE
 from torch import Tensor, nn
 
 from thrifty.converter import convert
 from thrifty.dynamic import Dynamic, decisions
 from thrifty.errors import ThriftyError
-from thrifty.gates import GatedConv, LayerGate
+from thrifty.gates import LayerGate
 from thrifty.macs import count_macs
-from thrifty.methods.budget import budgeted, open_shares, set_budget
-from thrifty.methods.lcnet import LCNet, _Clip
+from thrifty.methods.budget import budgeted
+from thrifty.methods.lcnet import LCNet
 from thrifty.zoo.nets import CifarResNet
 
 Array = NDArray[np.float64]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from randomised import randomise
 
 from thrifty import onnx_export
 from thrifty.benchmarking.subjects import random_images
+from thrifty.converter import convert
 from thrifty.errors import ProgramError
 from thrifty.lowering import lower
+from thrifty.macs import count_macs
+from thrifty.methods import AntiDote, LCNet, MethodConfig
 from thrifty.onnx_export import save_onnx, to_onnx
 from thrifty.program import ACTIVATIONS, KINDS, Operator, Program
 from thrifty.reference import run_reference
@@ -164,7 +168,8 @@ def test_an_operator_answers_as_the_reference_does(name: str) -> None:
 
 
 def test_every_kind_is_tried() -> None:
-    assert {operator.kind for made in CASES.values() for operator in made.operators} == set(KINDS)
+    tried = [*CASES.values(), with_skipped_layers()]
+    assert {operator.kind for made in tried for operator in made.operators} == set(KINDS)
 
 
 def test_a_gated_network_skips_what_the_reference_skips() -> None:
@@ -234,3 +239,55 @@ def test_a_dynamic_network_answers_as_in_torch() -> None:
     given = answer(lower(model, x), x.numpy())
     assert np.abs(given - expected).max() <= 1e-4 * np.abs(expected).max()
     assert np.abs(given - dense).max() > 1e-2 * np.abs(expected).max()
+
+
+def test_pruned_maps_and_scored_channels() -> None:
+    plain = SQUARE | {"padding": (1, 1, 1, 1), "groups": 1}
+    made = program(
+        [(5, 6, 6), (8, 6, 6), (8, 6, 6), (6, 6, 6), (6, 6, 6)],
+        ("conv", (0,), plain | {"gate": "attention", "kept_channels": 3, "kept_columns": 13}, conv(5, 8, 3)),
+        ("conv", (1,), plain | {"gate": "attention", "kept_channels": 8, "kept_columns": 20}, conv(8, 8, 3)),
+        ("conv", (2,), plain | {"gate": "attention", "kept_channels": 5, "kept_columns": 36}, conv(8, 6, 3)),
+        ("conv", (3,), plain | {"gate": "clip", "threshold": 0.25}, conv(6, 6, 3) | gate(6, 6)),
+    )
+    check(made, images=7)
+
+
+def with_skipped_layers() -> Program:
+    plain = SQUARE | {"padding": (1, 1, 1, 1), "groups": 1}
+    score = {"weight": floats(1, 4) * 20, "bias": np.zeros(1, np.float32)}
+    made = program(
+        [(4, 6, 6), (1, 1, 1), (4, 6, 6), (4, 6, 6), (4, 6, 6), (4, 6, 6)],
+        ("layer_gate", (0,), {"threshold": 0.1}, score),
+        ("conv", (0,), plain | {"activation": "relu"}, conv(4, 4, 3)),
+        ("conv", (2, 0), plain | {"activation": "relu"}, conv(4, 4, 3)),
+        ("activation", (3,), {"activation": "sigmoid"}, {}),
+        ("mul", (4, 1), {}, {}),
+    )
+    operators = [replace(op, guard=1) if i in (1, 2, 3) else op for i, op in enumerate(made.operators)]
+    operators[2] = replace(operators[2], attributes={**operators[2].attributes, "scaled": 1})
+    return replace(made, operators=tuple(operators))
+
+
+def test_layers_that_run_for_some_images_only() -> None:
+    made = with_skipped_layers()
+    x = floats(40, 4, 6, 6)
+    runs = run_reference(made, x).decisions["layer_gate0"].layer
+    assert 5 < runs.sum() < 35
+    expected = run_reference(made, x).output
+    assert np.abs(answer(made, x) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("method", [AntiDote(channels=0.3, columns=0.6), LCNet()], ids=lambda method: method.name)
+def test_other_methods_answer_as_in_torch(method: MethodConfig) -> None:
+    torch.manual_seed(0)
+    x = torch.from_numpy(random_images(8, (3, 32, 32)))
+    model = convert(randomise(build_net("resnet20"), x).eval(), method, x)
+    for one in model.gates().values():
+        for parameter in one.parameters():
+            torch.nn.init.normal_(parameter, 0.2, 0.5)
+    with torch.no_grad():
+        expected = model(x).numpy()
+    assert count_macs(model, x).mean < 0.9 * model.conversion.total_macs
+    given = answer(lower(model, x), x.numpy())
+    assert np.abs(given - expected).max() <= 1e-4 * np.abs(expected).max()

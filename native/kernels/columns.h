@@ -49,7 +49,8 @@ public:
 
 // Weights [out_channels, in_per_group, kernel_height, kernel_width] and bias [out_channels] are copied.
 // Rows of the residual may be read up to `read_ahead` floats past their end, as in `Convolution`.
-using MakeColumnConvolution = std::unique_ptr<ColumnConvolution> (*)(const ConvShape&, const float* weight, const float* bias);
+using MakeColumnConvolution = std::unique_ptr<ColumnConvolution> (*)(const ConvShape&, const float* weight,
+                                                                     const float* bias);
 
 namespace generic { std::unique_ptr<ColumnConvolution> make_column_convolution(const ConvShape&, const float* weight, const float* bias); }
 namespace avx2 { std::unique_ptr<ColumnConvolution> make_column_convolution(const ConvShape&, const float* weight, const float* bias); }

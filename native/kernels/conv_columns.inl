@@ -16,8 +16,8 @@ struct Reach {
 inline constexpr int tile_vectors = 2;  // of output channels
 inline constexpr int tile_columns = lanes == 16 ? 8 : 6;
 
-// `tiles` tiles of so many columns, one after the other. AHEAD: weights of the next tap are fetched meanwhile, those that
-// lie where this tap's do. Large layers wait for their weights otherwise, whose gaps the processor doesn't foresee.
+// `tiles` tiles of so many columns, one after the other. AHEAD: meanwhile, the next tap's weights for the same channels
+// are fetched. Large layers wait for their weights otherwise, whose gaps the processor doesn't foresee.
 template <int VECTORS, int COLUMNS, bool AHEAD>
 void add_columns(const float* values, const float* weight, const float* next, const int* channel, int channels,
                  const Reach* reach, int tiles, float* sums) {
@@ -110,7 +110,8 @@ public:
         for (int x = 0; x < shape.in_width; ++x) pairs_x_[x] = 0;
         for (int k = 0; k < shape.kernel_width; ++k) {
             for (int x = 0; x < shape.in_width; ++x) {
-                const int to = target(x + shape.pad_left - k * shape.dilation_width, shape.stride_width, shape.out_width);
+                const int place = x + shape.pad_left - k * shape.dilation_width;
+                const int to = target(place, shape.stride_width, shape.out_width);
                 across_[std::ptrdiff_t{k} * shape.in_width + x] = to;
                 pairs_x_[x] += to >= 0;
             }
@@ -147,6 +148,7 @@ public:
     }
 
     int tasks(const ColumnCall& call, int threads) const override {
+        if (threads == 1) return 1;
         const std::int64_t outputs = std::int64_t{shape_.out_height} * shape_.out_width * shape_.out_channels;
         return tasks_for(macs(call) + 8 * outputs, threads);
     }
@@ -190,7 +192,7 @@ private:
     struct Parts {
         int* channel;   // [in_channels]: of each active input channel, its place in its group
         int* group;     // [groups + 1]: active input channels before each group
-        int* start;     // [kernel_width][stride_height][classes + 1]: columns that stand before each row, see list_columns
+        int* start;     // [kernel_width][stride_height][classes + 1]: columns before each row, see list_columns
         Reach* reach;   // [kernel_width][columns]
         float* values;  // [columns][active input channels]
     };
@@ -339,7 +341,8 @@ private:
 
     // Copied as whole numbers: more of them can be read and written at once.
     template <int NUMBER>
-    static void gather_channels(const ColumnCall& call, int first, const std::ptrdiff_t* place, int columns, float* values) {
+    static void gather_channels(const ColumnCall& call, int first, const std::ptrdiff_t* place, int columns,
+                                float* values) {
         typedef std::uint32_t Bits __attribute__((may_alias));
         const Bits* from[NUMBER];
         for (int c = 0; c < NUMBER; ++c) {
@@ -381,8 +384,8 @@ private:
                 const int columns = number / tiles, wider = number % tiles;
                 const auto add = [&](int each, int count) {
                     const float* const next = weight + std::ptrdiff_t{ins} * width;
-                    const AddColumns added = far_ ? add_tiles<VECTORS, true>[each - 1] : add_tiles<VECTORS, false>[each - 1];
-                    added(values, weight, next, parts.channel + first, channels, at, count, target);
+                    const AddColumns* const sized = far_ ? add_tiles<VECTORS, true> : add_tiles<VECTORS, false>;
+                    sized[each - 1](values, weight, next, parts.channel + first, channels, at, count, target);
                     at += each * count;
                 };
                 if (wider > 0) add(columns + 1, wider);
@@ -454,6 +457,7 @@ private:
     std::unique_ptr<int[]> pairs_y_;  // [in_height]: likewise
 };
 
-std::unique_ptr<ColumnConvolution> make_column_convolution(const ConvShape& shape, const float* weight, const float* bias) {
+std::unique_ptr<ColumnConvolution> make_column_convolution(const ConvShape& shape, const float* weight,
+                                                           const float* bias) {
     return std::make_unique<ColumnsConvolution>(shape, weight, bias);
 }

@@ -10,6 +10,7 @@ EXTRAS = {
     "timm": ("timm",),
     "bench": ("onnx", "onnxruntime", "openvino"),
     "demo": ("PIL", "onnx", "onnxruntime"),
+    "report": ("matplotlib",),
 }
 """Optional dependencies: name of the extra -> the modules that it brings."""
 

@@ -1,7 +1,7 @@
 """From a program to an ONNX model, for other engines. Needs the package `onnx`, and no torch.
 
 The exported model takes float32 [N, C, H, W], normalised already, under the name `input`, and returns `output`. A gated
-convolution computes all of its channels there and multiplies the losers by zero: what it answers is what the engine
+convolution computes everything there and what is skipped is multiplied by zero: what it answers is what the engine
 answers, what it costs is the dense network and the gates.
 """
 
@@ -48,6 +48,7 @@ def to_onnx(program: Program, batch: int | None = None) -> ModelProto:
     graph = _Graph(program)
     for operator in program.operators:
         _RULES[operator.kind](graph, operator)
+        graph.skip(operator)
     shape = program.buffers[program.output]
     rank = 2 if program.flat and shape[1:] == (1, 1) else 4
     graph.node("Identity", [graph.value(program.output, rank)], "output")
@@ -122,6 +123,20 @@ class _Graph:
     def write(self, operator: Operator, value: str, rank: int = 4) -> None:
         self.values[operator.output, rank] = value
 
+    def guarded(self, operator: Operator, value: str, rank: int = 4) -> str:
+        """A value, or zeros where the operator's guard did not let it run."""
+        if operator.guard is None:
+            return value
+        sign = self.node("Sign", [self.value(operator.guard, rank)], f"{operator.name}.runs")
+        return self.node("Mul", [value, sign], f"{operator.name}.guarded")
+
+    def skip(self, operator: Operator) -> None:
+        """Zero what a guarded operator has written where it did not run; a convolution passes its residual on."""
+        if operator.guard is None or (operator.kind == "conv" and len(operator.inputs) > 1):
+            return
+        rank = self.rank(operator.output)
+        self.write(operator, self.guarded(operator, self.value(operator.output, rank), rank), rank)
+
     def activate(self, operator: Operator, value: str) -> str:
         kind = operator.activation
         name = f"{operator.name}.{kind}"
@@ -146,38 +161,94 @@ _ACTIVATIONS = {"relu": "Relu", "hardswish": "HardSwish", "sigmoid": "Sigmoid", 
 
 def _conv(graph: _Graph, operator: Operator) -> None:
     x = graph.value(operator.inputs[0], 4)
+    read = _attended(graph, operator, x) if operator.gate == "attention" else x
     top, bottom, left, right = operator.sides()
     y = graph.node(
         "Conv",
-        [x, graph.tensor(operator, "weight"), graph.tensor(operator, "bias")],
+        [read, graph.tensor(operator, "weight"), graph.tensor(operator, "bias")],
         operator.name,
         strides=operator.pair("stride"),
         pads=[top, left, bottom, right],
         dilations=operator.pair("dilation"),
         group=operator.attributes.get("groups", 1),
     )
-    if operator.gated:
-        y = graph.node("Mul", [y, _gate(graph, operator, x)], f"{operator.name}.scaled")
+    if operator.gate in {"topk", "clip"}:
+        y = graph.node("Mul", [y, _scale(graph, operator, x)], f"{operator.name}.scaled")
+    if operator.setting("scaled"):
+        y = graph.node("Mul", [y, graph.value(operator.guard or 0, 4)], f"{operator.name}.by_layer")
     if len(operator.inputs) > 1:
+        y = graph.guarded(operator, y)
         y = graph.node("Add", [y, graph.value(operator.inputs[1], 4)], f"{operator.name}.sum")
     graph.write(operator, graph.activate(operator, y))
 
 
-def _gate(graph: _Graph, operator: Operator, x: str) -> str:
-    """Saliency of the winners, zero elsewhere, [N, O, 1, 1]. TopK gives ties to the lowest index, as thrifty does."""
-    name = f"{operator.name}.gate"
-    channels = graph.program.buffers[operator.output][0]
-    axes = graph.constant(np.array([2, 3], np.int64), f"{name}.axes")
-    mean = graph.node("ReduceMean", [graph.node("Abs", [x], f"{name}.abs"), axes], f"{name}.mean", keepdims=0)
-    weights = [graph.tensor(operator, "gate_weight"), graph.tensor(operator, "gate_bias")]
-    score = graph.node("Relu", [graph.node("Gemm", [mean, *weights], f"{name}.score", transB=1)], f"{name}.saliency")
-    winners = graph.constant(np.array([operator.attributes["winners"]], np.int64), f"{name}.winners")
-    index = graph.node("TopK", [score, winners], f"{name}.top", outputs=2, axis=1)
+def _mean(graph: _Graph, x: str, name: str, *, axes: tuple[int, ...] = (2, 3), magnitude: bool = True) -> str:
+    """Mean of x [N, C, H, W], or of |x|, over some of its axes."""
+    along = graph.constant(np.array(axes, np.int64), f"{name}.axes")
+    values = graph.node("Abs", [x], f"{name}.abs") if magnitude else x
+    return graph.node("ReduceMean", [values, along], f"{name}.mean", keepdims=0)
+
+
+def _highest(graph: _Graph, score: str, count: int, name: str, *, ones: bool) -> str:
+    """score [N, F] in its `count` highest places, or 1 there, and 0 elsewhere; ties go to the lowest index."""
+    kept = graph.constant(np.array([count], np.int64), f"{name}.count")
+    index = graph.node("TopK", [score, kept], f"{name}.top", outputs=2, axis=1)
     top = graph.nodes[-1].output[0]
     zero = graph.node("ConstantOfShape", [graph.node("Shape", [score], f"{name}.shape")], f"{name}.zero")
-    scale = graph.node("ScatterElements", [zero, index, top], f"{name}.scale", axis=1)
-    shape = graph.constant(np.array([0, channels, 1, 1], np.int64), f"{name}.channels")
-    return graph.node("Reshape", [scale, shape], f"{name}.spread")
+    if ones:
+        one = graph.constant(np.array(1, np.float32), f"{name}.one")
+        top = graph.node("Expand", [one, graph.node("Shape", [index], f"{name}.kept")], f"{name}.ones")
+    return graph.node("ScatterElements", [zero, index, top], f"{name}.scale", axis=1)
+
+
+def _reshaped(graph: _Graph, value: str, shape: tuple[int, ...], name: str) -> str:
+    return graph.node("Reshape", [value, graph.constant(np.array((0, *shape), np.int64), f"{name}.to")], f"{name}.map")
+
+
+def _scale(graph: _Graph, operator: Operator, x: str) -> str:
+    """Scale of the output channels that a gate leaves, zero elsewhere, [N, O, 1, 1]."""
+    name = f"{operator.name}.gate"
+    mean = _mean(graph, x, name, magnitude=operator.gate == "topk")
+    weights = [graph.tensor(operator, "gate_weight"), graph.tensor(operator, "gate_bias")]
+    score = graph.node("Gemm", [mean, *weights], f"{name}.score", transB=1)
+    if operator.gate == "clip":
+        scale = _clipped(graph, operator, score, name)
+    else:
+        score = graph.node("Relu", [score], f"{name}.saliency")
+        scale = _highest(graph, score, operator.setting("winners"), name, ones=False)
+    return _reshaped(graph, scale, (graph.program.buffers[operator.output][0], 1, 1), name)
+
+
+def _clipped(graph: _Graph, operator: Operator, score: str, name: str) -> str:
+    """Scores clipped to [0, 1] where they exceed the threshold, zero elsewhere."""
+    zero, one, limit = (
+        graph.constant(np.array(value, np.float32), f"{name}.limit") for value in (0, 1, operator.setting("threshold"))
+    )
+    score = graph.node("Clip", [score, zero, one], f"{name}.clipped")
+    return graph.node("Where", [graph.node("Greater", [score, limit], f"{name}.open"), score, zero], f"{name}.scores")
+
+
+def _attended(graph: _Graph, operator: Operator, x: str) -> str:
+    """x with zeros outside the channels and columns of the highest attention."""
+    name, kept = f"{operator.name}.attention", x
+    channels, height, width = graph.program.buffers[operator.inputs[0]]
+    axes = graph.program.axes(operator.name)
+    if "channels" in axes:
+        score = _mean(graph, x, f"{name}.channels")
+        mask = _highest(graph, score, operator.setting("kept_channels"), f"{name}.channels", ones=True)
+        kept = graph.node("Mul", [kept, _reshaped(graph, mask, (channels, 1, 1), name)], f"{name}.kept")
+    if "columns" in axes:
+        score = _reshaped(graph, _mean(graph, x, f"{name}.columns", axes=(1,)), (height * width,), name)
+        mask = _highest(graph, score, operator.setting("kept_columns"), f"{name}.columns", ones=True)
+        kept = graph.node("Mul", [kept, _reshaped(graph, mask, (1, height, width), name)], f"{name}.kept")
+    return kept
+
+
+def _layer_gate(graph: _Graph, operator: Operator) -> None:
+    mean = _mean(graph, graph.value(operator.inputs[0], 4), operator.name, magnitude=False)
+    weights = [graph.tensor(operator, "weight"), graph.tensor(operator, "bias")]
+    score = graph.node("Gemm", [mean, *weights], f"{operator.name}.score", transB=1)
+    graph.write(operator, _clipped(graph, operator, score, operator.name), 2)
 
 
 def _linear(graph: _Graph, operator: Operator) -> None:
@@ -344,6 +415,7 @@ def _number(operator: Operator, name: str, default: float) -> float:
 
 _RULES: dict[str, Callable[[_Graph, Operator], None]] = {
     "conv": _conv,
+    "layer_gate": _layer_gate,
     "linear": _linear,
     "affine": _affine,
     "activation": _activation,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import thrifty
-from thrifty.cli import bench, compile_model, convert, demo, doctor, evaluate, predict, train, zoo
+from thrifty.cli import bench, compile_model, convert, demo, doctor, evaluate, picture, predict, train, tune, zoo
 from thrifty.errors import ThriftyError, missing_extra
 
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, train, evaluate, convert, compile_model, predict, bench, zoo, doctor):
+for command in (demo, train, evaluate, convert, compile_model, predict, picture, tune, bench, zoo, doctor):
     app.command(name=command.NAME, cls=getattr(command, "COMMAND", None))(command.run)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from thrifty.cli.options import Json, MethodName, MethodSettings, Several, settings_of
-from thrifty.cli.show import console, millions, number, print_json, table
+from thrifty.cli.output import console, millions, number, print_json, table
 from thrifty.files import replacing
 from thrifty.machine import machine, native_features, versions
 

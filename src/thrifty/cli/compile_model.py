@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from thrifty.cli.options import Density, open_model
-from thrifty.cli.show import console
+from thrifty.cli.output import console
 from thrifty.errors import ThriftyError
 from thrifty.onnx_export import save_onnx
 from thrifty.program_file import save_program

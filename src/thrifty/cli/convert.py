@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from thrifty.cli.options import Json, MethodName, MethodSettings, settings_of
-from thrifty.cli.show import console, millions, percent, print_json, table
+from thrifty.cli.output import console, millions, percent, print_json, table
 
 NAME = "convert"
 

@@ -10,7 +10,7 @@ import typer
 
 import thrifty
 from thrifty.cli.options import Json
-from thrifty.cli.show import console, millions, number, percent, print_json, table
+from thrifty.cli.output import console, millions, number, percent, print_json, table
 from thrifty.errors import ThriftyError, require
 
 if TYPE_CHECKING:

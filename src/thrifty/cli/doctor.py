@@ -11,7 +11,7 @@ import typer
 import thrifty
 from thrifty import machine
 from thrifty.cli.options import Json
-from thrifty.cli.show import console, millions, number, print_json, table
+from thrifty.cli.output import console, millions, number, print_json, table
 
 NAME = "doctor"
 

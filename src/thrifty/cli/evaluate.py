@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from thrifty.cli.options import Density, Json, Model, Net, Threads, open_model, photographs, set_threads
-from thrifty.cli.show import console, millions, percent, print_json, table
+from thrifty.cli.output import console, millions, percent, print_json, table
 
 NAME = "eval"
 

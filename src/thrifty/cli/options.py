@@ -102,12 +102,14 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def photographs(card: ModelCard, source: str, root: Path | None, split: str = "test") -> EvaluationLoader:
+def photographs(
+    card: ModelCard, source: str, root: Path | None, split: str = "test", in_memory: bool = True
+) -> EvaluationLoader:
     """Labelled photographs, prepared as the model wants them; classes must be the model's, in its order."""
     from thrifty.data import sources  # noqa: PLC0415
     from thrifty.data.loader import EvaluationLoader  # noqa: PLC0415
 
-    images = sources.load(source, root, split, card.size)
+    images = sources.load(source, root, split, card.size, in_memory)
     if images.classes != card.classes:
         raise ThriftyError(
             f"the data's classes ({', '.join(images.classes[:12])}) are not the model's "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from thrifty.cli.options import Density, Net, Predictor, Threads, open_model, set_threads
-from thrifty.cli.show import millions, percent, print_json_line, table
+from thrifty.cli.output import millions, percent, print_json_line, table
 from thrifty.errors import DataError, ProgramError, require
 
 if TYPE_CHECKING:

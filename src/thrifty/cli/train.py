@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from thrifty.cli.show import console, millions, percent
+from thrifty.cli.output import console, millions, percent
 
 if TYPE_CHECKING:
     from thrifty.train.checkpoint import Position

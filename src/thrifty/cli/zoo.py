@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import thrifty
 from thrifty.cli.options import Json
-from thrifty.cli.show import console, millions, percent, print_json, table
+from thrifty.cli.output import console, millions, percent, print_json, table
 
 NAME = "zoo"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -55,6 +55,16 @@ class ImageSet:
         if self.pixels is not None:
             return self.pixels[indices]
         return read_images([self.paths[i] for i in indices.tolist()], self.size, self.resize)
+
+    def decoded(self) -> ImageSet:
+        """The set with its photographs in memory, or itself where they would take more than `MEMORY_LIMIT`.
+
+        Raises:
+            DataError: as `images`.
+        """
+        if self.pixels is not None or len(self) * self.size**2 * 3 > MEMORY_LIMIT:
+            return self
+        return replace(self, pixels=read_images(self.paths, self.size, self.resize), paths=())
 
     def subset(self, indices: Tensor) -> ImageSet:
         """The photographs at `indices` (int64 [M]) as a set of their own."""

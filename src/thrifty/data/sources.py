@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torchvision import datasets
 
-from thrifty.data import images
 from thrifty.data.files import SAMPLE, image_size
-from thrifty.data.images import ImageSet, read_images
+from thrifty.data.images import ImageSet
 from thrifty.errors import DataError
 
 SOURCES = ("folder", "cifar10", "cifar100", "sample")
 
 
-def load(source: str, root: str | Path | None = None, split: str = "test", size: int | None = None) -> ImageSet:
+def load(
+    source: str,
+    root: str | Path | None = None,
+    split: str = "test",
+    size: int | None = None,
+    in_memory: bool = True,
+) -> ImageSet:
     """Load a set of labelled photographs.
 
     Args:
@@ -25,6 +29,7 @@ def load(source: str, root: str | Path | None = None, split: str = "test", size:
             directly with one directory a class; for CIFAR, where the download is kept. Not used for `sample`.
         split: `train` or `test`.
         size: height and width in pixels to bring the photographs to; None keeps files of one common size as they are.
+        in_memory: decode a small set at once; files are otherwise read when their photographs are asked for.
 
     Raises:
         DataError: the source is unknown, or files are missing or unreadable.
@@ -36,20 +41,21 @@ def load(source: str, root: str | Path | None = None, split: str = "test", size:
     if source == "sample":
         if split == "train":
             raise DataError("the embedded sample has test photographs only. Train on folder, cifar10 or cifar100.")
-        return image_folder(SAMPLE, size)
+        return image_folder(SAMPLE, size, in_memory)
     if root is None:
         raise DataError(f"data source {source!r} needs a root directory.")
     if source == "folder":
-        return image_folder(_split_directory(Path(root), split), size)
+        return image_folder(_split_directory(Path(root), split), size, in_memory)
     return _cifar(source, Path(root), split, size)
 
 
-def image_folder(directory: str | Path, size: int | None = None) -> ImageSet:
+def image_folder(directory: str | Path, size: int | None = None, in_memory: bool = True) -> ImageSet:
     """A directory of one directory a class, as torchvision's ImageFolder reads it.
 
     Args:
         directory: holds a directory a class with at least one photograph each.
         size: height and width in pixels to bring the photographs to; None keeps them, if all are squares of one size.
+        in_memory: decode a small set at once.
 
     Raises:
         DataError: there are no photographs, or one is unreadable or, with `size` None, of another size than the first.
@@ -66,9 +72,7 @@ def image_folder(directory: str | Path, size: int | None = None) -> ImageSet:
     names = [str(path.relative_to(directory)) for path in paths]
     edge = _edge(paths[0]) if size is None else size
     chosen = ImageSet(labels, tuple(listing.classes), names, None, paths, edge, resize=size is not None)
-    if len(paths) * edge * edge * 3 > images.MEMORY_LIMIT:
-        return chosen
-    return replace(chosen, pixels=read_images(paths, edge, chosen.resize), paths=())
+    return chosen.decoded() if in_memory else chosen
 
 
 def _edge(path: Path) -> int:

@@ -102,6 +102,7 @@ class AntiDote(MethodConfig):
             gate = None
             if not note:
                 gate = AttentionGate(site.input_shape, self.criterion, self.dropout)
+                gate.map_size = site.map_size
                 gate.target = (channels[site.name], columns[site.name])
                 gate.set_ratios(*gate.target)
                 if gate.decides() == (False, False):
@@ -125,6 +126,15 @@ class AntiDote(MethodConfig):
             value = density_for(density, name)
             if value is not None:
                 gate.set_ratios(channels=1 - check_density(value))
+
+    def set_column_density(self, model: Dynamic, density: Density) -> None:
+        """Change the share of columns kept, 1 - ratio, of all layers or of those that a pattern fits; channels stay."""
+        gates = _gates(model)
+        check_patterns(density, list(gates))
+        for name, gate in gates.items():
+            value = density_for(density, name)
+            if value is not None:
+                gate.set_ratios(columns=1 - check_density(value))
 
     def density_of(self, model: Dynamic) -> float:
         """Mean share of the pruned maps that is kept, channels times columns; 1 where none is pruned."""
@@ -168,6 +178,7 @@ class AttentionGate(InputGate):
     """Keeps the channels and columns of a map x [N, C, H, W] that have the most attention; ties to the lowest index.
 
     Attributes:
+        map_size: positions of the map where it was made, before any pooling.
         target: ratios of channels and columns that training ascends to.
     """
 
@@ -177,6 +188,7 @@ class AttentionGate(InputGate):
     def __init__(self, shape: torch.Size, criterion: Criterion = "attention", dropout: Dropout = "targeted") -> None:
         super().__init__()
         self.channels, self.positions = shape[0], shape[1:].numel()
+        self.map_size = self.positions
         self.criterion, self.dropout = criterion, dropout
         # Tensors, so that they travel with the weights and a change of ratios compiles nothing anew.
         self.register_buffer("kept_channels", torch.tensor(self.channels))
