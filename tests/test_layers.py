@@ -22,7 +22,7 @@ LEVELS = (
     {"macs", "graph", "methods.base", "zoo.programs"},
     {"engine", "blocks"},
     {"methods.budget"},
-    {"methods.antidote", "methods.fbs", "methods.lcnet"},
+    {"methods.antidote", "methods.fbs", "methods.gumbel", "methods.lcnet"},
     {"methods"},
     {"budgets", "converter", "evaluation", "lowering.nodes"},
     {"tuning", "report"},

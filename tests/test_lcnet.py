@@ -193,8 +193,212 @@ def close_some(dynamic: Dynamic) -> None:
 
 def estimate(dynamic: Dynamic, x: Tensor) -> Tensor:
     found = decisions(dynamic, x)
-    shares = [d.layer.float() if d.channels is None else d.channels.float().mean(1) for d in found.values()]
-    assert list(found) == list(dynamic.gates())
+    decided = [found[name] for name in dynamic.gates()]
+    shares = [d.layer.float() if d.channels is None else d.channels.float().mean(1) for d in decided]
     costs = next(iter(budgeted(dynamic).values())).costs
     assert costs is not None
     return costs.ratio(torch.stack(shares, 1)).double()
+
+
+@pytest.mark.parametrize(
+    ("z", "gradient", "passed"),
+    [
+        (0.5, 0.2, 0.2),
+        (0.5, -0.2, -0.2),
+        (1.0, -0.2, -0.2),
+        (1.5, 0.2, 0.1),
+        (1.5, -0.2, 0.0),
+        (-0.5, -0.2, -0.1),
+        (-0.5, 0.2, 0.0),
+        (0.5, 7.0, 1.0),
+        (0.5, -7.0, -1.0),
+    ],
+)
+def test_the_gradient_outside_leads_inside_only(z: float, gradient: float, passed: float) -> None:
+    value = torch.tensor([[z]], requires_grad=True)
+    _Clip.apply(value, torch.tensor(0.0), 0.5, 1.0).backward(torch.tensor([[gradient]]))
+    assert value.grad is not None
+    assert value.grad.item() == pytest.approx(passed)
+
+
+@pytest.mark.xfail(reason="a block that is closed along with all of its channels gets no gradient: a product of zeros")
+def test_a_closed_gate_opens_again_where_the_budget_allows() -> None:
+    dynamic, _, x = small(target=1.0)
+    gates = budgeted(dynamic)
+    for gate in gates.values():
+        nn.init.constant_(gate.predictor.bias, -0.01)  # type: ignore[union-attr, arg-type]
+    optimiser = torch.optim.SGD([p for gate in gates.values() for p in gate.parameters()], lr=0.05)
+    dynamic.train()
+    for _ in range(20):
+        dynamic(x)
+        optimiser.zero_grad()
+        dynamic.regularization().backward()
+        optimiser.step()
+    assert count_macs(dynamic, x).mean > 0.9 * dynamic.conversion.total_macs
+
+
+def test_the_objectives_value() -> None:
+    """weight * ((ratio - goal)² + mean of max(0, floor - share)²), with decisions counted as `relax` says."""
+    dynamic, _, x = small(target=0.4, weight=3.0, relax=0.5, channels=False)
+    gates = budgeted(dynamic)
+    for value, gate in zip((0.5, -1.0, 2.0), gates.values(), strict=True):
+        nn.init.constant_(gate.predictor.bias, value)  # type: ignore[union-attr, arg-type]
+    costs = next(iter(gates.values())).costs
+    assert costs is not None
+    for progress in (0.0, 0.25, 0.5, 1.0):
+        dynamic.method.advance(dynamic, progress)
+        dynamic.train()(x)
+        done = min(1.0, progress / 0.5)
+        goal, floor = 1 - 0.6 * done, (1 - 0.6 * done) * (1 - done)
+        counted = (1 + 0.5) * 0.5 / (0.5 + 0.5)
+        shares = np.array([(1 - done) * counted + done, 0.0, 1.0])
+        ratio = costs.ratio(torch.tensor(shares[None], dtype=torch.float32)).item()
+        expected = 3 * ((ratio - goal) ** 2 + np.mean(np.maximum(0, floor - shares) ** 2))
+        assert dynamic.regularization().item() == pytest.approx(expected, rel=1e-5)
+    assert dynamic.density == pytest.approx(2 / 3)
+
+
+def toy(settings: dict[str, Any], target: float, steps: int = 200) -> Dynamic:
+    """Trained on which quarter of an image is bright."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 3, SIZE, SIZE)
+    model = randomise(CifarResNet(8, 4), x)
+    dynamic = convert(model, LCNet(max_overhead=9.0, target=target, **settings), x[:1]).train()
+    gates = [p for gate in dynamic.gates().values() for p in gate.parameters()]
+    others = [p for p in dynamic.parameters() if all(p is not gate for gate in gates)]
+    optimiser = torch.optim.SGD([{"params": others}, {"params": gates}], lr=0.02, momentum=0.9)
+    for step in range(steps):
+        dynamic.method.advance(dynamic, step / steps)
+        for group, scale in zip(optimiser.param_groups, (0.02, 0.005), strict=True):
+            group["lr"] = scale * 2 * min(0.5, 1 - step / steps)
+        x, y = examples()
+        loss = nn.functional.cross_entropy(dynamic(x), y) + dynamic.regularization()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    dynamic.method.advance(dynamic, 1.0)
+    return dynamic.eval()
+
+
+def examples(count: int = 32) -> tuple[Tensor, Tensor]:
+    x, y = torch.randn(count, 3, SIZE, SIZE), torch.randint(4, (count,))
+    half = SIZE // 2
+    for image, quarter in zip(x, y.tolist(), strict=True):
+        image[:, quarter // 2 * half :, quarter % 2 * half :][:, :half, :half] += 1
+    return x, y
+
+
+@pytest.mark.xfail(reason="not reached: 0.64 with layers and channels, 0.63 with channels alone, after 200 steps")
+@pytest.mark.parametrize("settings", [{}, {"layers": False}])
+def test_training_ends_at_the_target(settings: dict[str, bool]) -> None:
+    dynamic = toy(settings, 0.6)
+    ratio = count_macs(dynamic, examples(256)[0]).mean / dynamic.conversion.total_macs
+    assert ratio == pytest.approx(0.6, rel=0.02)
+
+
+def test_set_budget() -> None:
+    dynamic, _, x = small()
+    open_at_random(dynamic)
+    dense, before = dynamic.conversion.total_macs, count_macs(dynamic, x).mean
+    share = 0.8 * before / dense
+    threshold = set_budget(dynamic, x, share)
+    assert 0 < threshold < 1
+    assert 0.9 * share < count_macs(dynamic, x).mean / dense <= share
+    set_budget(dynamic, [(x, None)], share, percentile=95)
+    assert count_macs(dynamic, x).percentile(95) / dense <= share
+    restored = small()[0]
+    restored.load_state_dict(dynamic.state_dict())
+    assert torch.equal(count_macs(restored, x).total, count_macs(dynamic, x).total)
+    assert set_budget(dynamic, x, 1.0) == 0.0
+    with pytest.raises(ThriftyError, match="cannot be reached"):
+        set_budget(dynamic, x, 0.001)
+    assert count_macs(dynamic, x).mean == before
+
+
+def test_open_shares() -> None:
+    dynamic, _, x = small()
+    open_at_random(dynamic)
+    shares = open_shares(dynamic, [(x[:3], None), (x[3:], None)])
+    assert shares.keys() == dynamic.gates().keys()
+    for name, decision in decisions(dynamic, x).items():
+        kept = decision.layer if decision.channels is None else decision.channels
+        assert shares[name] == pytest.approx(kept.double().mean().item())
+
+
+def test_copies_and_files_decide_alike() -> None:
+    dynamic, _, x = small()
+    dynamic.train()(x)
+    dynamic.regularization().backward()
+    open_at_random(dynamic)
+    expected = dynamic(x)
+    for other in (copy.deepcopy(dynamic), pickle.loads(pickle.dumps(dynamic))):
+        assert torch.equal(other(x), expected)
+        other.method.advance(other, 0.1)
+        costs = [next(iter(budgeted(one).values())).costs for one in (other, dynamic)]
+        assert costs[0] is not costs[1]
+        assert [c.progress for c in costs if c is not None] == [0.1, 1.0]
+        assert torch.isfinite(other.train()(x)).all()
+        assert other.regularization() > 0
+
+
+def test_export() -> None:
+    dynamic, _, x = small()
+    open_at_random(dynamic)
+    program = torch.export.export(dynamic, (x,))
+    torch.testing.assert_close(program.module()(x), dynamic(x))
+
+
+def test_compiled_training_step() -> None:
+    plain, _, x = small()
+    plain.train()
+    compiled = copy.deepcopy(plain)
+    step = torch.compile(compiled, backend="aot_eager")
+    for model, run in ((plain, plain), (compiled, step)):
+        for progress in (0.2, 0.3):
+            model.method.advance(model, progress)
+            (run(x).square().mean() + model.regularization()).backward()
+    for (name, first), second in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        if first.grad is not None:
+            torch.testing.assert_close(second.grad, first.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_report_names_the_gates() -> None:
+    dynamic, _, x = small()
+    places = {place.name: place for place in dynamic.conversion.places}
+    assert places["layer1.0.conv1"].note == places["layer1.0.conv2"].note == "block layer1.0: layer gate"
+    assert not places["conv1"].gated
+    assert sum(place.gate_macs for place in places.values()) == count_macs(dynamic, x).gate_overhead[0]
+
+
+def test_networks_without_blocks_take_channel_gates() -> None:
+    x = torch.randn(2, 3, SIZE, SIZE)
+    dynamic = convert(randomise(NETS["Functional"](), x), LCNet(max_overhead=9.0), x)
+    assert list(dynamic.gates()) == ["c1", "c2"]
+    assert all(isinstance(dynamic.get_submodule(name), GatedConv) for name in ("c1", "c2"))
+
+
+def test_where_picks_blocks_and_convolutions() -> None:
+    assert set(small(where="layer2*")[0].gates()) == {"layer2.0", "layer2.0.conv1"}
+    assert list(small(where="*.conv1")[0].gates()) == [f"layer{stage}.0.conv1" for stage in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target": 0.0}, "target is 0.0"),
+        ({"relax": 1.5}, "relax is 1.5"),
+        ({"weight": -1.0}, "must not be negative"),
+        ({"knee": 0.0}, "knee is 0.0"),
+        ({"leak": -1.0}, "leak is -1.0"),
+        ({"threshold": 1.0}, r"in \[0, 1\)"),
+        ({"layers": False, "channels": False}, "gates nothing"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ThriftyError, match=message):
+        LCNet(**settings)
+
+
+def test_there_is_no_density_to_set() -> None:
+    with pytest.raises(ThriftyError, match="no density to set"):
+        small()[0].set_density(0.5)

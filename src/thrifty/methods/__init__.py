@@ -10,12 +10,14 @@ from thrifty.errors import ThriftyError
 from thrifty.methods.antidote import AntiDote
 from thrifty.methods.base import MethodConfig
 from thrifty.methods.fbs import FBS
+from thrifty.methods.gumbel import Gumbel
 from thrifty.methods.lcnet import LCNet
 
 METHODS: dict[str, type[MethodConfig]] = {
     FBS.name: FBS,
     AntiDote.name: AntiDote,
     LCNet.name: LCNet,
+    Gumbel.name: Gumbel,
 }
 
 
@@ -39,4 +41,4 @@ def method_config(name: str, settings: Mapping[str, Any]) -> MethodConfig:
     return kind(**values)
 
 
-__all__ = ["FBS", "METHODS", "AntiDote", "LCNet", "MethodConfig", "method_config"]
+__all__ = ["FBS", "METHODS", "AntiDote", "Gumbel", "LCNet", "MethodConfig", "method_config"]

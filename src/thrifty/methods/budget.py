@@ -93,6 +93,8 @@ class BudgetConfig(MethodConfig, ABC):
     Attributes:
         target: executed MACs over dense MACs, the mean of inputs, gates included, in (0, 1].
         weight: of the budget's loss term.
+        knee: a score s counts as (1 + knee) s / (s + knee), above 0: the smaller, the more low scores are pushed to 0
+            rather than high ones below 1.
         relax: share of training in [0, 1] over which the target descends and gates are held open.
         max_overhead: a gate is placed only if its MACs are at most this share of what it can skip by itself.
     """
@@ -100,6 +102,7 @@ class BudgetConfig(MethodConfig, ABC):
     target: float = 0.5
     weight: float = 50.0
     relax: float = 1 / 3
+    knee: float = 0.5
     max_overhead: float = 0.5
 
     def __post_init__(self) -> None:
@@ -107,6 +110,8 @@ class BudgetConfig(MethodConfig, ABC):
             raise ThriftyError(f"{self.name} target is {self.target!r}, but must be a share of MACs in (0, 1].")
         if not 0 <= self.relax <= 1:
             raise ThriftyError(f"{self.name} relax is {self.relax!r}, but must be a share of training in [0, 1].")
+        if self.knee <= 0:
+            raise ThriftyError(f"{self.name} knee is {self.knee!r}, but must be above 0.")
         if self.weight < 0 or self.max_overhead < 0:
             raise ThriftyError(f"{self.name} weight and max_overhead must not be negative.")
 
@@ -121,11 +126,14 @@ class BudgetConfig(MethodConfig, ABC):
 
     def regularization(self, model: Dynamic) -> Tensor:
         """The budget's loss term (see the module's text) for the latest forward pass in training mode."""
-        gates = [gate for gate in budgeted(model).values() if gate.opened is not None]
-        if not gates or gates[0].costs is None:
+        gates = list(budgeted(model).values())
+        reached = [gate.opened for gate in gates if gate.opened is not None]
+        costs = gates[0].costs if gates else None
+        if not reached or costs is None:
             return torch.zeros(())
-        costs = gates[0].costs
-        scores, decided = (torch.stack([gate.opened[i] for gate in gates], 1) for i in (0, 1))  # type: ignore[index]
+        whole = torch.ones_like(reached[0][1])  # of gates that training does not reach
+        opened = [gate.opened or (whole, whole) for gate in gates]
+        scores, decided = (torch.stack([pair[i] for pair in opened], 1) for i in (0, 1))
         goal, floor, hard = self.bounds_at(costs.progress)
         shares = scores + hard * (decided - scores).detach()
         excess = costs.ratio(shares).mean() - goal

@@ -1,0 +1,114 @@
+"""Layer gates that are sampled in training, for comparison with LC-Net.
+
+Veit, Belongie, 'Convolutional Networks with Adaptive Inference Graphs', ECCV 2018, arXiv 1711.11503 (ConvNet-AIG), and
+Wang, Yu, Dou, Darrell, Gonzalez, 'SkipNet: Learning Dynamic Routing in Convolutional Networks', ECCV 2018,
+arXiv 1711.09485: a residual block runs or not, as a logit says that a small network gives for the block's input. In
+training the decision is drawn by the Gumbel-softmax trick (Jang, Gu, Poole, arXiv 1611.01144; Maddison, Mnih, Teh,
+arXiv 1611.00712): hard forward, the gradient that of the relaxed sample. In evaluation the more probable decision is
+taken. A block that runs is not scaled.
+
+Differs from the papers in
+- the network behind a gate: global average pool and one linear unit, as in L-Net. For two choices one logit is
+  enough, with logistic noise.
+- the objective, which is LC-Net's, see `thrifty.methods.budget`; ConvNet-AIG aims at a rate of execution per layer.
+- the start: weights 0 and a logit of `START`, so that evaluation gives the dense model's function.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from thrifty.blocks import Block, residual_blocks
+from thrifty.conversion import Place
+from thrifty.errors import ThriftyError
+from thrifty.gates import LayerGate, LoweredGate, Pair
+from thrifty.graph import ConvSite
+from thrifty.methods.budget import BudgetConfig, Budgeted, budgeted
+
+if TYPE_CHECKING:
+    from thrifty.dynamic import Dynamic
+
+START = 3.0
+"""Logit of running at first: 95 % of the blocks run in training."""
+
+ALMOST_ONE = 1 - 2**-24
+"""The largest float32 below 1: a clipped score above it is 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gumbel(BudgetConfig):
+    """Settings of sampled layer gates (see the module's text for the method and its sources).
+
+    Attributes:
+        temperature: of the relaxed samples whose gradient is taken.
+    """
+
+    name: ClassVar[str] = "gumbel"
+    version: ClassVar[int] = 1
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise ThriftyError(f"Gumbel temperature is {self.temperature!r}, but must be above 0.")
+
+    def place(self, model: nn.Module, sites: tuple[ConvSite, ...]) -> tuple[Place, ...]:
+        """Gate every residual block that can take it."""
+        layers = self.gate_layers(
+            model, sites, residual_blocks(model), lambda block, inputs: SampledLayer(block, inputs, self.temperature)
+        )
+        return tuple(
+            layers.place(site, site.name in layers.skipped, "" if site.name in layers.notes else "in no residual block")
+            for site in sites
+        )
+
+    def set_threshold(self, model: Dynamic, threshold: float) -> None:
+        """Run from now on only blocks whose probability is above (1 + threshold) / 2, for a threshold in [0, 1)."""
+        for gate in budgeted(model).values():
+            gate.threshold.fill_(threshold)  # type: ignore[operator, union-attr]
+
+
+class SampledLayer(Budgeted, LayerGate):
+    """Runs a block where the logit w mean(x) + b of maps x [N, C, H, W] is positive, or by a draw in training."""
+
+    threshold: Tensor
+
+    def __init__(self, block: Block, inputs: int, temperature: float) -> None:
+        super().__init__(block.name, block.members)
+        self.predictor = nn.Linear(inputs, 1)
+        nn.init.zeros_(self.predictor.weight)
+        nn.init.constant_(self.predictor.bias, START)
+        self.register_buffer("threshold", torch.tensor(0.0))
+        self.temperature = temperature
+
+    def weight(self) -> Tensor:
+        """w, [1, C]: what is learned over the root of C, so that a step moves logits alike whatever C is."""
+        return self.predictor.weight * self.predictor.in_features**-0.5
+
+    def forward(self, x: Tensor) -> Pair:
+        logits = nn.functional.linear(x.mean((2, 3)), self.weight(), self.predictor.bias)[:, 0]
+        logits = logits - torch.log1p(self.threshold) + torch.log1p(-self.threshold)
+        if not self.training:
+            decided = logits > 0
+            return decided.to(x.dtype), decided
+        uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+        relaxed = torch.sigmoid((logits + torch.log(uniform) - torch.log1p(-uniform)) / self.temperature)
+        decided = relaxed.detach() > 0.5
+        hard = decided.to(relaxed.dtype)
+        self.opened = (relaxed, hard)
+        return hard + (relaxed - relaxed.detach()), decided
+
+    def overhead(self, shape: torch.Size) -> int:
+        """One MAC for each element that is pooled and one for each weight."""
+        return shape[1:].numel() + shape[1]
+
+    def lower(self, shape: tuple[int, int, int]) -> LoweredGate:
+        """The gate as programs have it: a score of 1 + logit clipped to [0, 1], which counts where it is 1."""
+        shift = torch.log1p(-self.threshold) - torch.log1p(self.threshold)
+        weights = {"weight": self.weight(), "bias": self.predictor.bias + 1 + shift}
+        return LoweredGate("layer_gate", {"threshold": ALMOST_ONE}, weights)
