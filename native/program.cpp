@@ -1,13 +1,13 @@
 #include "program.h"
 
 #include <algorithm>
-#include <cmath>
 #include <initializer_list>
 #include <limits>
 #include <set>
-#include <stdexcept>
 #include <string_view>
 #include <utility>
+
+#include "fields.h"
 
 namespace thrifty {
 namespace {
@@ -15,7 +15,6 @@ namespace {
 using std::int64_t;
 using std::string;
 
-constexpr int64_t max_extent = 1 << 24;     // channels, height, width, padding, dilation: sums of a few fit an int
 constexpr int64_t max_pixels = 1 << 28;     // height * width
 constexpr int64_t max_operators = 20'000;
 
@@ -60,23 +59,6 @@ constexpr std::pair<std::string_view, Gate> gates[] = {
     {"topk", Gate::topk}, {"clip", Gate::clip}, {"attention", Gate::attention},
 };
 
-// Text of a hostile file, fit for one line of an error.
-string shown(const string& text) {
-    string result;
-    for (const char c : text.substr(0, 80)) result += c >= ' ' && c < 0x7f ? c : '?';
-    return result + (text.size() > 80 ? "..." : "");
-}
-
-string text(const std::vector<int64_t>& shape) {
-    string result = "[";
-    for (std::size_t i = 0; i < shape.size() && i < 8; ++i) result += (i ? ", " : "") + std::to_string(shape[i]);
-    return result + (shape.size() > 8 ? ", ...]" : "]");
-}
-
-string text(const Shape& shape) { return text(std::vector<int64_t>{shape.channels, shape.height, shape.width}); }
-
-[[noreturn]] void fail(const string& message) { throw std::invalid_argument(message + "."); }
-
 int64_t product(const std::vector<int64_t>& sizes) {  // saturates; sizes are not negative
     int64_t result = 1;
     for (const int64_t size : sizes)
@@ -90,11 +72,10 @@ int64_t sum(int64_t a, int64_t b) {
 }
 
 // Reads one operator of the source and checks it against the shapes of its buffers.
-class Reader {
+class Reader : private Fields {
 public:
     Reader(const OperatorSource& source, std::size_t place, const std::vector<Shape>& buffers)
-        : source_(source), buffers_(buffers), where_("operator " + std::to_string(place) + " (" +
-          shown(source.kind) + (source.name.empty() ? "" : " '" + shown(source.name) + "'") + ")") {}
+        : Fields(source, place), buffers_(buffers) {}
 
     // `layer_gates`: for each buffer, whether a layer_gate has written it.
     Operator read(const std::vector<bool>& written, const std::vector<bool>& layer_gates) {
@@ -128,9 +109,6 @@ public:
     }
 
 private:
-    [[noreturn]] void wrong(const string& message) const { fail(where_ + ": " + message); }
-    void require(bool condition, const string& message) const { if (!condition) wrong(message); }
-
     const Shape& in(std::size_t i = 0) const { return buffers_[static_cast<std::size_t>(op_.inputs[i])]; }
     const Shape& out() const { return buffers_[static_cast<std::size_t>(op_.output)]; }
 
@@ -183,50 +161,6 @@ private:
             require(has(spec.tensors, role), "it takes no tensor '" + shown(role) + "'");
     }
 
-    // ---- attributes
-
-    template <class T>
-    const T* attribute(const char* name, const char* type) const {
-        const auto found = source_.attributes.find(name);
-        if (found == source_.attributes.end()) return nullptr;
-        const T* value = std::get_if<T>(&found->second);
-        require(value != nullptr, string("attribute '") + name + "' must be " + type);
-        return value;
-    }
-
-    int integer(const char* name, int64_t least, int64_t most, int64_t otherwise) const {
-        const int64_t* found = attribute<int64_t>(name, "an integer");
-        const int64_t value = found ? *found : otherwise;
-        require(value >= least && value <= most, string("attribute '") + name + "' is " + std::to_string(value) +
-                ", but must be in [" + std::to_string(least) + ", " + std::to_string(most) + "]");
-        return static_cast<int>(value);
-    }
-
-    double number(const char* name, double otherwise) const {
-        double value = otherwise;
-        if (const auto found = source_.attributes.find(name); found != source_.attributes.end()) {
-            if (const auto* whole = std::get_if<int64_t>(&found->second)) value = static_cast<double>(*whole);
-            else value = *attribute<double>(name, "a number");
-        }
-        require(std::isfinite(value) && std::abs(value) <= 3e38, string("attribute '") + name + "' must be finite");
-        return value;
-    }
-
-    // `count` integers in [least, max_extent]; where the attribute is missing, all are `otherwise` (< 0: it is needed).
-    std::vector<int> integers(const char* name, std::size_t count, int64_t least, int otherwise) const {
-        const auto* found = attribute<std::vector<int64_t>>(name, "a tuple of integers");
-        if (!found) {
-            require(otherwise >= 0, string("attribute '") + name + "' is missing");
-            return std::vector<int>(count, otherwise);
-        }
-        require(found->size() == count, string("attribute '") + name + "' has " + std::to_string(found->size()) +
-                " numbers, but needs " + std::to_string(count));
-        for (const int64_t value : *found)
-            require(value >= least && value <= max_extent, string("attribute '") + name + "' is " + text(*found) +
-                    ", but each must be in [" + std::to_string(least) + ", " + std::to_string(max_extent) + "]");
-        return {found->begin(), found->end()};
-    }
-
     void read_activation() {
         if (const auto* name = attribute<string>("activation", "a string")) {
             const auto* found = std::find_if(std::begin(activations), std::end(activations),
@@ -250,26 +184,6 @@ private:
         op_.stride_height = stride[0], op_.stride_width = stride[1];
         op_.dilation_height = dilation[0], op_.dilation_width = dilation[1];
         read_padding();
-    }
-
-    // ---- tensors
-
-    bool has(const char* role) const { return source_.tensors.contains(role); }
-
-    const void* tensor(const char* role, TensorSource::Type type, const std::vector<int64_t>& shape) const {
-        const auto found = source_.tensors.find(role);
-        require(found != source_.tensors.end(), string("tensor '") + role + "' is missing");
-        const TensorSource& tensor = found->second;
-        const bool floats = type == TensorSource::Type::float32;
-        require(tensor.type == type, string("tensor '") + role + "' must be " + (floats ? "float32" : "int32"));
-        require(tensor.shape == shape, string("tensor '") + role + "' is " + text(tensor.shape) + ", but must be " + text(shape));
-        require(tensor.contiguous && tensor.data && reinterpret_cast<std::uintptr_t>(tensor.data) % 4 == 0,
-                string("tensor '") + role + "' must be contiguous in C order and aligned");
-        return tensor.data;
-    }
-
-    const float* floats(const char* role, const std::vector<int64_t>& shape) const {
-        return static_cast<const float*>(tensor(role, TensorSource::Type::float32, shape));
     }
 
     // ---- kinds
@@ -333,9 +247,9 @@ private:
             op_.gate = found->second;
         }
         const auto only = [&](Gate kind, const char* name) {
-            const bool given = source_.attributes.contains(name);
-            require(!given || op_.gate == kind, string("attribute '") + name + "' does not belong to its gate");
-            return given;
+            const bool found = given(name);
+            require(!found || op_.gate == kind, string("attribute '") + name + "' does not belong to its gate");
+            return found;
         };
         const auto needs = [&](Gate kind, const char* name, int64_t most) {
             if (only(kind, name)) return integer(name, 1, most, 0);
@@ -455,9 +369,7 @@ private:
         op_.work = sum(in().size(), in().channels);
     }
 
-    const OperatorSource& source_;
     const std::vector<Shape>& buffers_;
-    string where_;
     Operator op_;
 };
 
@@ -505,39 +417,6 @@ Program validate(const Source& source, const Limits& limits) {
         fail("the program's output is buffer " + std::to_string(source.output) + ", which does not exist");
     program.output = static_cast<int>(source.output);
     return program;
-}
-
-std::array<int, axes> decided(const Program& program, const Operator& op, const GateSettings& settings) {
-    const Shape x = op.gate == Gate::none ? Shape{} : program.buffers[static_cast<std::size_t>(op.inputs[0])];
-    switch (op.gate) {
-        case Gate::none: return {};
-        case Gate::topk:
-        case Gate::clip: return {program.buffers[static_cast<std::size_t>(op.output)].channels, 0, 0};
-        case Gate::layer: return {0, 0, 1};
-        case Gate::attention: break;
-    }
-    const auto pixels = static_cast<int>(x.pixels());
-    return {settings.channels < x.channels ? x.channels : 0, settings.columns < pixels ? pixels : 0, 0};
-}
-
-void set(GateSettings& settings, const Program& program, const Operator& op, const string& name, double value) {
-    const auto whole = [&](int& setting, int64_t most) {
-        if (!(value >= 1 && value <= static_cast<double>(most)) || value != std::floor(value))
-            fail(name + " of '" + shown(op.name) + "' is " + std::to_string(value) + ", but must be an integer in [1, " +
-                 std::to_string(most) + "]");
-        setting = static_cast<int>(value);
-    };
-    const auto shape = [&](int buffer) { return program.buffers[static_cast<std::size_t>(buffer)]; };
-    if (op.gate == Gate::topk && name == "winners") whole(settings.channels, shape(op.output).channels);
-    else if (op.gate == Gate::attention && name == "kept_channels") whole(settings.channels, shape(op.inputs[0]).channels);
-    else if (op.gate == Gate::attention && name == "kept_columns") whole(settings.columns, shape(op.inputs[0]).pixels());
-    else if ((op.gate == Gate::clip || op.gate == Gate::layer) && name == "threshold") {
-        if (!(value >= 0 && value < 1))
-            fail("threshold of '" + shown(op.name) + "' is " + std::to_string(value) + ", but must be in [0, 1)");
-        settings.threshold = value;
-    } else {
-        fail("'" + shown(op.name) + "' has no gate with the setting '" + shown(name) + "'");
-    }
 }
 
 }  // namespace thrifty
