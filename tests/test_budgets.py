@@ -10,13 +10,14 @@ from randomised import randomise
 from small_nets import NETS, SIZE
 from torch import nn
 
-from thrifty.budgets import find_strength, set_budget
+from thrifty.budgets import set_budget
 from thrifty.converter import convert
 from thrifty.dynamic import Dynamic
 from thrifty.errors import ThriftyError
 from thrifty.macs import count_macs
 from thrifty.methods import FBS, AntiDote, MethodConfig
 from thrifty.methods.base import sampled_strength
+from thrifty.strength import find_strength
 
 METHODS = (FBS(density=0.3, max_overhead=9.0), AntiDote(channels=0.5, columns=0.7))
 
@@ -53,8 +54,10 @@ def test_strength_zero_is_the_dense_model(method: MethodConfig) -> None:
 
 def test_wrong_budgets() -> None:
     dynamic, model, x = network(METHODS[0])
+    before = count_macs(dynamic, x).mean
     with pytest.raises(ThriftyError, match="at least, more than the budget"):
         set_budget(dynamic, 0.01, x)
+    assert count_macs(dynamic, x).mean == before
     with pytest.raises(ThriftyError, match="dense model"):
         set_budget(model, 0.5, x)  # type: ignore[arg-type]
     for share in (0.0, 1.5, True, "half"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -10,16 +12,17 @@ import timm
 import torch
 from numpy.typing import NDArray
 from randomised import no_initialisation, randomise, torchvision_cnn
-from small_nets import SIZE
+from small_nets import NETS, SIZE
 from torch import Tensor, nn
 
+from thrifty.budgets import set_budget
 from thrifty.converter import convert
 from thrifty.dynamic import Dynamic, decisions
 from thrifty.errors import ThriftyError
-from thrifty.gates import LayerGate
+from thrifty.gates import GatedConv, LayerGate
 from thrifty.macs import count_macs
-from thrifty.methods.budget import budgeted
-from thrifty.methods.lcnet import LCNet
+from thrifty.methods.budget import budgeted, open_shares
+from thrifty.methods.lcnet import LCNet, _Clip
 from thrifty.zoo.nets import CifarResNet
 
 Array = NDArray[np.float64]
@@ -221,7 +224,6 @@ def test_the_gradient_outside_leads_inside_only(z: float, gradient: float, passe
     assert value.grad.item() == pytest.approx(passed)
 
 
-@pytest.mark.xfail(reason="a block that is closed along with all of its channels gets no gradient: a product of zeros")
 def test_a_closed_gate_opens_again_where_the_budget_allows() -> None:
     dynamic, _, x = small(target=1.0)
     gates = budgeted(dynamic)
@@ -249,7 +251,7 @@ def test_the_objectives_value() -> None:
         dynamic.method.advance(dynamic, progress)
         dynamic.train()(x)
         done = min(1.0, progress / 0.5)
-        goal, floor = 1 - 0.6 * done, (1 - 0.6 * done) * (1 - done)
+        goal, floor = 1 - 0.6 * done, max(0.02, (1 - 0.6 * done) * (1 - done))
         counted = (1 + 0.5) * 0.5 / (0.5 + 0.5)
         shares = np.array([(1 - done) * counted + done, 0.0, 1.0])
         ratio = costs.ratio(torch.tensor(shares[None], dtype=torch.float32)).item()
@@ -288,11 +290,12 @@ def examples(count: int = 32) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-@pytest.mark.xfail(reason="not reached: 0.64 with layers and channels, 0.63 with channels alone, after 200 steps")
 @pytest.mark.parametrize("settings", [{}, {"layers": False}])
 def test_training_ends_at_the_target(settings: dict[str, bool]) -> None:
     dynamic = toy(settings, 0.6)
-    ratio = count_macs(dynamic, examples(256)[0]).mean / dynamic.conversion.total_macs
+    x, _ = examples(512)
+    dynamic.method.finish(dynamic, x)
+    ratio = count_macs(dynamic, x).mean / dynamic.conversion.total_macs
     assert ratio == pytest.approx(0.6, rel=0.02)
 
 
@@ -301,17 +304,16 @@ def test_set_budget() -> None:
     open_at_random(dynamic)
     dense, before = dynamic.conversion.total_macs, count_macs(dynamic, x).mean
     share = 0.8 * before / dense
-    threshold = set_budget(dynamic, x, share)
-    assert 0 < threshold < 1
+    assert set_budget(dynamic, share, x) == pytest.approx(count_macs(dynamic, x).mean / dense)
     assert 0.9 * share < count_macs(dynamic, x).mean / dense <= share
-    set_budget(dynamic, [(x, None)], share, percentile=95)
+    set_budget(dynamic, share, [(x, None)], percentile=95)
     assert count_macs(dynamic, x).percentile(95) / dense <= share
     restored = small()[0]
     restored.load_state_dict(dynamic.state_dict())
     assert torch.equal(count_macs(restored, x).total, count_macs(dynamic, x).total)
-    assert set_budget(dynamic, x, 1.0) == 0.0
-    with pytest.raises(ThriftyError, match="cannot be reached"):
-        set_budget(dynamic, x, 0.001)
+    assert set_budget(dynamic, 1.0, x) == pytest.approx(before / dense)
+    with pytest.raises(ThriftyError, match="at least"):
+        set_budget(dynamic, 0.001, x)
     assert count_macs(dynamic, x).mean == before
 
 
@@ -331,7 +333,7 @@ def test_copies_and_files_decide_alike() -> None:
     dynamic.regularization().backward()
     open_at_random(dynamic)
     expected = dynamic(x)
-    for other in (copy.deepcopy(dynamic), pickle.loads(pickle.dumps(dynamic))):
+    for other in (copy.deepcopy(dynamic), pickle.loads(pickle.dumps(dynamic))):  # noqa: S301 (our own bytes)
         assert torch.equal(other(x), expected)
         other.method.advance(other, 0.1)
         costs = [next(iter(budgeted(one).values())).costs for one in (other, dynamic)]

@@ -170,7 +170,8 @@ def draw(
     figure = Figure(figsize=(13, 0.5 + top + bottom), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13, x=0.01, ha="left")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(top, bottom))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(top, bottom))
+    upper, lower = halves
     photograph, maps = upper.subfigures(1, 2, width_ratios=(1, 4))
     axes = photograph.subplots()
     axes.imshow(image, interpolation="nearest")

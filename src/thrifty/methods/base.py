@@ -70,6 +70,9 @@ class MethodConfig(ABC):
     def measure(self, model: Dynamic, example: Tensor) -> None:  # noqa: B027 (most methods need nothing)
         """Learn from one input [1, C, H, W] what training needs to know of the converted model; nothing by default."""
 
+    def finish(self, model: Dynamic, x: Tensor) -> None:  # noqa: B027 (most methods need nothing)
+        """Set after training what depends on images x [N, C, H, W] that were held out; nothing by default."""
+
     @abstractmethod
     def regularization(self, model: Dynamic) -> Tensor:
         """The method's loss term for the latest forward pass in training mode, a scalar."""

@@ -9,8 +9,10 @@ its gradient is that of the scores (straight-through). The loss term is
 
 with `ratio` the batch mean of executed over dense MACs, gates included, and `share` a gate's batch mean. In the first
 part `relax` of training, with p going from 0 to 1 in it, the goal descends from 1 to the target along
-1 + (target - 1) p, every gate is held above the floor goal * (1 - p), and shares are counted as
-(1 - p) * score + p * decision, so that gates part before decisions do all of the counting.
+1 + (target - 1) p, every gate is held above the floor goal * (1 - p), of which `LEAST_SHARE` stays so that none dies,
+and shares are counted as (1 - p) * score + p * decision, so that gates part before decisions do all of the counting.
+Evaluation has no batch statistics, so the same gates may leave more there: after training the threshold is raised until
+photographs that were held out cost the target.
 
 The sum of products is exact where a layer reads maps of one gate, or of several side by side. Where a sum makes a
 map active that several gates could leave, it is linear in each of them.
@@ -27,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from thrifty.blocks import Block, block_input, gate_block
+from thrifty.budgets import set_budget
 from thrifty.conversion import Place
 from thrifty.dynamic import decisions, hooked
 from thrifty.errors import ThriftyError
@@ -37,6 +40,9 @@ from thrifty.methods.base import MethodConfig
 if TYPE_CHECKING:
     from thrifty.dynamic import Dynamic
     from thrifty.graph import ConvSite
+
+LEAST_SHARE = 0.02
+"""Floor of a gate's share to the end: behind a gate that never opens nothing is learned any more."""
 
 HIGHEST_THRESHOLD = 1 - 2**-20
 
@@ -124,6 +130,12 @@ class BudgetConfig(MethodConfig, ABC):
         for gate in gates.values():
             gate.costs = costs
 
+    def finish(self, model: Dynamic, x: Tensor) -> None:
+        """Raise the threshold until x cost the target on average, should they cost more: evaluation is no batch."""
+        gates = budgeted(model)
+        if gates and len(x):
+            set_budget(model, self.target, x)
+
     def regularization(self, model: Dynamic) -> Tensor:
         """The budget's loss term (see the module's text) for the latest forward pass in training mode."""
         gates = list(budgeted(model).values())
@@ -144,7 +156,7 @@ class BudgetConfig(MethodConfig, ABC):
         """Goal of the MAC ratio, floor of each gate's share, and the share in which decisions count."""
         done = min(1.0, progress / self.relax) if self.relax else 1.0
         goal = 1 + (self.target - 1) * done
-        return goal, goal * (1 - done), done
+        return goal, max(LEAST_SHARE, goal * (1 - done)), done
 
     def advance(self, model: Dynamic, progress: float) -> None:
         """Put the objective's bounds where they are when the share `progress` in [0, 1] of training is done."""

@@ -38,6 +38,9 @@ from thrifty.zoo.store import ModelCard, save_model
 MACS_PHOTOGRAPHS = 64
 """Photographs of the validation set on which mean MACs are counted after each epoch."""
 
+FINISHING_PHOTOGRAPHS = 512
+"""Photographs of the validation set that a method may set its last values by."""
+
 
 class Observer(Protocol):
     """What the trainer tells about its progress, in the main process alone."""
@@ -259,20 +262,26 @@ class Trainer:
             "accuracy": at.correct / at.seen,
         }
         evaluated = self._evaluated()
+        if self._done() == self.total and self.method is not None and isinstance(evaluated, Dynamic):
+            self.method.finish(evaluated, self._held_out(FINISHING_PHOTOGRAPHS))
         if isinstance(self.model, Dynamic):
             row["density"] = self.model.density
         if len(self.validation):
             section = self.recipe.data
             held = loader.EvaluationLoader(self.validation, section.mean, section.std)
             row["validation_accuracy"] = accuracy(evaluated, held, self.accelerator.device)
-            few = self.validation.images(torch.arange(min(MACS_PHOTOGRAPHS, len(self.validation))))
-            few = normalise(few, section.mean, section.std).to(self.accelerator.device)
-            row["validation_macs"] = count_macs(evaluated, few).mean
+            row["validation_macs"] = count_macs(evaluated, self._held_out(MACS_PHOTOGRAPHS)).mean
         self.position = Position(at.epoch + 1, 0, row["seconds"])
         self.begun = time.monotonic() - self.position.seconds
         self.log.add(row)
         if self.observer is not None and self.accelerator.is_main_process:
             self.observer.epoch(row)
+
+    def _held_out(self, count: int) -> Tensor:
+        """The first photographs of the validation set, as the model takes them."""
+        few = self.validation.images(torch.arange(min(count, len(self.validation))))
+        section = self.recipe.data
+        return normalise(few, section.mean, section.std).to(self.accelerator.device)
 
     def _evaluated(self) -> nn.Module:
         return self.model if self.average is None else self.average.module
