@@ -172,12 +172,12 @@ def draw(
         rows = -(-len(shown) // MAPS_IN_ROW)
         above = max(2.6, 1.25 * rows + 0.3)
         figure = Figure(figsize=(13, 0.5 + above + below), layout="constrained")
-        upper, lower = figure.subfigures(2, 1, height_ratios=(above, below))
-        photograph, maps = upper.subfigures(1, 2, width_ratios=(1, 4))
+        upper, lower = _parts(figure, 2, 1, height_ratios=(above, below))
+        photograph, maps = _parts(upper, 1, 2, width_ratios=(1, 4))
         _draw_maps(maps, explanation, shown, rows, len(attended))
     else:
         figure = Figure(figsize=(15, max(3.5, 0.5 + below)), layout="constrained")
-        photograph, lower = figure.subfigures(1, 2, width_ratios=(1, 5))
+        photograph, lower = _parts(figure, 1, 2, width_ratios=(1, 5))
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13, x=0.01, ha="left", parse_math=False)
     axes = photograph.subplots()
@@ -202,6 +202,10 @@ def picked_layers(explanation: Explanation, layers: str | Sequence[str] | None) 
     if not names:
         raise ThriftyError(f"no layer fits {', '.join(patterns)}. The layers are: {', '.join(explanation.dense)}.")
     return names
+
+
+def _parts(area: Any, rows: int, columns: int, **ratios: Any) -> Any:
+    return area.subfigures(rows, columns, **ratios)
 
 
 def _spread(names: list[str], count: int) -> list[str]:
