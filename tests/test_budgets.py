@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,12 +13,16 @@ from randomised import randomise
 from small_nets import NETS, SIZE
 from torch import nn
 
+import thrifty
+from thrifty.benchmarking.subjects import without_gates
 from thrifty.budgets import set_budget
 from thrifty.converter import convert
 from thrifty.dynamic import Dynamic
+from thrifty.engine import Engine
 from thrifty.errors import ThriftyError
+from thrifty.lowering import lower
 from thrifty.macs import count_macs
-from thrifty.methods import FBS, AntiDote, MethodConfig
+from thrifty.methods import FBS, AntiDote, LCNet, MethodConfig
 from thrifty.methods.base import sampled_strength
 from thrifty.strength import find_strength
 
@@ -95,3 +102,43 @@ def test_training_for_all_budgets_visits_them_all(method: MethodConfig) -> None:
     assert strengths == [sampled_strength(step / 400) for step in range(400)]
     assert 0.15 < strengths.count(0.0) / 400 < 0.35
     assert 0.15 < strengths.count(1.0) / 400 < 0.35
+
+
+def sampled(method: MethodConfig) -> tuple[Dynamic, Engine, torch.Tensor]:
+    dynamic, _, x = network(method)
+    for gate in dynamic.gates().values():
+        for parameter in gate.parameters():
+            nn.init.normal_(parameter, 0.3, 0.3)
+    return dynamic, thrifty.compile(dynamic, x, check=False), x
+
+
+@pytest.mark.parametrize("method", [*METHODS, LCNet(max_overhead=9.0)], ids=lambda method: method.name)
+def test_an_engine_keeps_to_the_budget_that_the_model_keeps_to(method: MethodConfig) -> None:
+    dynamic, engine, x = sampled(method)
+    least = float(engine.trace(x).macs.mean())
+    dense = dynamic.conversion.total_macs
+    share = 0.5 + 0.5 * least / dense if method.name != "lcnet" else 0.7 * least / dense
+    reached = engine.set_budget(share, x)
+    assert reached == pytest.approx(float(engine.trace(x).macs.mean()) / dense)
+    assert share - 0.12 < reached <= share
+    assert set_budget(dynamic, share, x) == pytest.approx(reached, abs=0.02)
+    now = str(engine.program)
+    with pytest.raises(ThriftyError, match="at least"):
+        engine.set_budget(0.001, x)
+    assert str(engine.program) == now
+    assert without_gates(engine.program).macs() == engine.program.macs()
+
+
+@pytest.mark.parametrize("method", [*METHODS, LCNet(max_overhead=9.0)], ids=lambda method: method.name)
+@pytest.mark.parametrize("style", ["Functional", "Residual"])
+def test_a_program_without_gates_is_dense(method: MethodConfig, style: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, SIZE, SIZE)
+    model = randomise(NETS[style](), x).eval()
+    dynamic = convert(model, replace(method, density=1.0) if isinstance(method, FBS) else method, x)
+    dense = without_gates(lower(dynamic, x))
+    assert not dense.gated
+    assert all(operator.guard is None and operator.kind != "layer_gate" for operator in dense.operators)
+    if not isinstance(method, FBS):  # whose scale is in the gate
+        expected = model(x).detach().numpy()
+        assert np.abs(Engine(dense)(x.numpy()) - expected).max() <= 1e-4 * np.abs(expected).max()

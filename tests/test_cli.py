@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import thrifty
 from thrifty.data.files import SAMPLE
 
-COMMANDS = ("demo", "train", "eval", "convert", "compile", "predict", "bench", "zoo", "doctor")
+COMMANDS = ("demo", "train", "eval", "convert", "compile", "predict", "show", "tune", "bench", "zoo", "doctor")
 FBS_MODEL = "resnet20-cifar10-fbs"
 DENSE_MODEL = "resnet20-cifar10"
+FOLDER = str(SAMPLE)
+PHOTOGRAPH = str(min((SAMPLE / "horse").iterdir()))
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -57,6 +60,21 @@ def test_version() -> None:
         (("convert", "no_such_module:function"), 1, "no_such_module"),
         (("convert", "resnet20", "--method", "none"), 1, "no method 'none'"),
         (("convert", "resnet20", "--size", "0"), 2, "--size"),
+        (("show", "/nowhere.jpg", "--model", FBS_MODEL), 1, "no file /nowhere.jpg"),
+        (("show", PHOTOGRAPH, "--model", DENSE_MODEL), 1, "is a dense model"),
+        (("show", PHOTOGRAPH, "--model", FBS_MODEL, "--output", "a.jpg"), 1, "must end in .png"),
+        (("show", PHOTOGRAPH, "--model", FBS_MODEL, "--layers", "conv9"), 1, "no layer fits conv9"),
+        (("tune", FBS_MODEL), 2, "--target-macs"),
+        (("tune", FBS_MODEL, "--target-macs", "2"), 1, "target is 2.0"),
+        (("tune", FBS_MODEL, "--target-macs", "0.5", "--floor", "-1"), 1, "floor is -1.0"),
+        (("tune", FBS_MODEL, "--target-macs", "0.5", "--data", "sample"), 1, "test photographs"),
+        (("tune", FBS_MODEL, "--target-macs", "0.5"), 1, "needs a root directory"),
+        (("tune", FBS_MODEL, "--target-macs", "0.5", "--axis", "rows"), 1, "--axis is 'rows'"),
+        (("tune", FBS_MODEL, "--target-macs", "0.5", "--axis", "both", "--root", FOLDER), 1, "does not prune columns"),
+        (("tune", FBS_MODEL, "--target-macs", "0.5", "--by", "row"), 1, "by 'row'"),
+        (("tune", FBS_MODEL, "--target-macs", "0.5", "--method", "antidote"), 1, "dynamic already, by fbs"),
+        (("tune", DENSE_MODEL, "--target-macs", "0.5"), 1, "give --method antidote"),
+        (("tune", DENSE_MODEL, "--target-macs", "0.5", "--method", "none"), 1, "no method 'none'"),
         (("train", "no-such-recipe"), 1, "no recipe no-such-recipe"),
         (("train", "resnet20-cifar10-base", "--set", "epochs=two"), 1, "epochs"),
         (("train", "resnet20-cifar10-base", "--set", "colour=red"), 1, "unknown key colour"),
@@ -148,3 +166,50 @@ def test_eval_at_another_density_costs_less() -> None:
     assert own["macs"]["mean"] == pytest.approx(sum(own["layers"].values()) + sum(own["gates"].values()))
     text = output("eval", FBS_MODEL, "--layers")
     assert "layer1.0.conv1" in text
+
+
+def test_show_draws_one_photograph(tmp_path: Path) -> None:
+    line = output("show", PHOTOGRAPH, "--model", FBS_MODEL, cwd=tmp_path)
+    predicted = json.loads(output("predict", FBS_MODEL, PHOTOGRAPH, "--json"))
+    name = f"{Path(PHOTOGRAPH).stem}-{FBS_MODEL}.png"
+    assert line.count("\n") == 1
+    for part in (
+        predicted["class"],
+        f"{100 * predicted['confidence']:.2f} %",
+        f"{predicted['macs'] / 1e6:.2f} M",
+        name,
+    ):
+        assert part in line
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    first = (tmp_path / name).read_bytes()
+    assert first.startswith(b"\x89PNG\r\n\x1a\n")
+    output("show", PHOTOGRAPH, "--model", FBS_MODEL, "--density", "0.3", cwd=tmp_path)  # an own picture is replaced
+    assert (tmp_path / name).read_bytes() != first
+    photograph = tmp_path / "mine.png"
+    Image.open(PHOTOGRAPH).save(photograph)
+    before = photograph.read_bytes()
+    done = run("show", str(photograph), "--model", FBS_MODEL, "--output", str(photograph))
+    assert done.returncode == 1
+    assert "Choose another --output" in done.stderr
+    assert photograph.read_bytes() == before
+
+
+def test_tune_proposes_ratios_and_draws_curves(tmp_path: Path) -> None:
+    arguments = ("--root", FOLDER, "--images", "20", "--ratios", "0.3", "0.6", "--floor", "1")
+    text = output("tune", DENSE_MODEL, "--method", "antidote", "--target-macs", "0.9", *arguments, cwd=tmp_path)
+    assert "method: {name: antidote, channels: {" in text
+    directory = tmp_path / "runs" / f"tune-{DENSE_MODEL}-antidote"
+    assert sorted(path.name for path in directory.iterdir()) == ["sensitivity.csv", "sensitivity.png"]
+    assert len((directory / "sensitivity.csv").read_text().splitlines()) == 1 + 3 * 2
+    out = tmp_path / "out"
+    report = json.loads(
+        output("tune", FBS_MODEL, "--target-macs", "0.6", *arguments, "--by", "layer", "--output", str(out), "--json")
+    )
+    assert report["photographs"] == 20
+    assert len(report["rows"]) == 2 * len(report["groups"]) == 2 * 18
+    proposal = report["proposal"]
+    assert proposal["reached"]
+    assert proposal["share_of_dense"] <= 0.62  # counted on the same few photographs
+    assert proposal["method"]["density"].keys() <= report["groups"].keys()
+    assert proposal["recipe"].startswith("method: {name: fbs, ")
+    assert sorted(path.name for path in out.iterdir()) == ["sensitivity.csv", "sensitivity.png"]

@@ -18,6 +18,7 @@ from thrifty.density import Density, check_patterns, density_for, kept
 from thrifty.errors import ThriftyError
 from thrifty.program import SETTINGS, Program, operator_tuples
 from thrifty.program_file import load_program, save_program
+from thrifty.strength import HIGHEST_THRESHOLD, find_strength
 from thrifty.zoo.programs import find_program
 
 Array = NDArray[Any]
@@ -104,7 +105,7 @@ class Engine:
     def __init__(self, program: Program, threads: int = 1) -> None:
         if isinstance(threads, bool) or not isinstance(threads, int):
             raise ThriftyError(f"threads is {threads!r}, but must be an integer.")
-        self._program = program
+        self._program = self._made = program
         self._gates = program.gated
         normalise = program.preprocessing
         try:
@@ -203,6 +204,50 @@ class Engine:
             chosen = density_for(threshold, name)
             if chosen is not None:
                 self._native.set(place, "threshold", chosen)
+
+    def set_budget(self, share: float, x: Any) -> float:
+        """Prune as much as it takes to cost at most `share` of the dense MACs, for calls that begin after.
+
+        Made for models that were trained for all budgets, or whose gates have thresholds. Shares are put between 1 and
+        what the engine was made with, all at the same part of the way; thresholds between 0 and 1.
+
+        Args:
+            share: mean executed MACs over those of the dense network, in (0, 1], gates included.
+            x: images, as for a call, to measure the cost on.
+
+        Returns:
+            The share that was reached.
+
+        Raises:
+            ThriftyError: the share is out of range, nothing is gated, or the program costs more at its full strength;
+                everything stays as it was.
+        """
+        if not self._gates:
+            raise ThriftyError("the program has no gates whose budget could be set.")
+        dense = sum(self._program.macs().values())
+        before = {place: self._native.settings(place) for place in self._gates.values()}
+
+        def cost(strength: float) -> float:
+            for place in self._gates.values():
+                self._set_strength(place, strength)
+            return float(self.trace(x).macs.mean()) / dense
+
+        try:
+            return find_strength(cost, share)
+        except ThriftyError:
+            for place, settings in before.items():
+                for setting, value in settings.items():
+                    self._native.set(place, setting, value)
+            raise
+
+    def _set_strength(self, place: int, strength: float) -> None:
+        made = self._made.operators[place]
+        for setting in SETTINGS[str(made.gate)]:
+            if setting == "threshold":
+                self._native.set(place, setting, min(strength, HIGHEST_THRESHOLD))
+            else:
+                size = self._size(place, setting)
+                self._native.set(place, setting, kept(1 - (1 - made.setting(setting) / size) * strength, size))
 
     @property
     def program(self) -> Program:

@@ -102,6 +102,9 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
 }
 """Kind -> attributes it may have, tensors it needs, tensors it may have."""
 
+GATE_ATTRIBUTES = frozenset({"gate", "winners", "threshold", "kept_channels", "kept_columns", "scaled"})
+"""Attributes that an operator of a dense network does not have."""
+
 SETTINGS = {
     "topk": ("winners",),
     "clip": ("threshold",),

@@ -22,6 +22,8 @@ from thrifty.macs import count_macs
 MAPS = 24
 """Attention maps in a picture, unless the layers are picked."""
 
+MAPS_IN_ROW = 8
+
 SOFTWARE = "thrifty show"
 """What pictures say they were made with."""
 
@@ -165,19 +167,23 @@ def draw(
     names = picked_layers(explanation, layers)
     attended = [name for name in names if name in explanation.attention]
     shown = attended if layers is not None else _spread(attended, MAPS)
-    rows = max(1, -(-len(shown) // 8))
-    top, bottom = max(2.6, 1.25 * rows + 0.3), 0.9 + 0.19 * len(names)
-    figure = Figure(figsize=(13, 0.5 + top + bottom), layout="constrained")
+    below = 0.9 + 0.19 * len(names)
+    if shown:
+        rows = -(-len(shown) // MAPS_IN_ROW)
+        above = max(2.6, 1.25 * rows + 0.3)
+        figure = Figure(figsize=(13, 0.5 + above + below), layout="constrained")
+        upper, lower = _parts(figure, 2, 1, height_ratios=(above, below))
+        photograph, maps = _parts(upper, 1, 2, width_ratios=(1, 4))
+        _draw_maps(maps, explanation, shown, rows, len(attended))
+    else:
+        figure = Figure(figsize=(15, max(3.5, 0.5 + below)), layout="constrained")
+        photograph, lower = _parts(figure, 1, 2, width_ratios=(1, 5))
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=13, x=0.01, ha="left")
-    halves: Any = figure.subfigures(2, 1, height_ratios=(top, bottom))
-    upper, lower = halves
-    photograph, maps = upper.subfigures(1, 2, width_ratios=(1, 4))
+    figure.suptitle(title, fontsize=13, x=0.01, ha="left", parse_math=False)
     axes = photograph.subplots()
     axes.imshow(image, interpolation="nearest")
+    axes.set_anchor("N")
     axes.set_axis_off()
-    if shown:
-        _draw_maps(maps, explanation, shown, rows, len(attended))
     _draw_layers(lower, explanation, names)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110, metadata={"Software": SOFTWARE})
@@ -198,6 +204,10 @@ def picked_layers(explanation: Explanation, layers: str | Sequence[str] | None) 
     return names
 
 
+def _parts(area: Any, rows: int, columns: int, **ratios: Any) -> Any:
+    return area.subfigures(rows, columns, **ratios)
+
+
 def _spread(names: list[str], count: int) -> list[str]:
     """At most `count` of the names, evenly spread, the first and the last among them."""
     if len(names) <= count:
@@ -206,7 +216,7 @@ def _spread(names: list[str], count: int) -> list[str]:
 
 
 def _draw_maps(area: Any, explanation: Explanation, names: list[str], rows: int, total: int) -> None:
-    columns = min(8, len(names))
+    columns = min(MAPS_IN_ROW, len(names))
     grid = area.subplots(rows, columns, squeeze=False)
     of_all = "" if len(names) == total else f", {len(names)} of {total} layers"
     area.suptitle(f"attention of the maps that layers read{of_all}; grey columns are not read", fontsize=9)
@@ -248,8 +258,8 @@ def _draw_layers(area: Any, explanation: Explanation, names: list[str]) -> None:
         share = explanation.executed[name] / explanation.dense[name] if explanation.dense[name] else 1.0
         bars.text(max(dense[row], executed[row]), row, f" {share:.0%}", va="center", fontsize=7)
     bars.set_xlim(0, 1.1 * max(1e-9, *dense, *executed))
-    bars.set_title("M MACs of the layer", fontsize=9)
-    bars.legend(fontsize=7, loc="lower right")
+    bars.set_title("M MACs of the layer", fontsize=9, loc="left")
+    bars.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.2)
     strips.set_yticks(places, names, fontsize=7)
     strips.set_ylim(len(names) - 0.4, -0.6)
     strips.set_xlim(0, 1.09)

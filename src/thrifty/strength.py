@@ -9,6 +9,9 @@ from thrifty.errors import ThriftyError
 HALVINGS = 12
 """Of the range of strengths: a step of the last one changes no channel of the usual layers."""
 
+HIGHEST_THRESHOLD = 1 - 2**-20
+"""Of scores, which is where strength 1 puts it."""
+
 
 def find_strength(cost: Callable[[float], float], share: float) -> float:
     """Call `cost` last at the lowest strength in [0, 1] at which it is at most `share`, and return that cost.

@@ -106,6 +106,8 @@ class Sensitivity:
         macs: mean MACs of an input then, gates included.
         dense_macs: MACs of the dense model.
         inputs: how many were classified at each point.
+        settings_of: the method's settings for ratios by (axis, group), as recipes hold them.
+        count: mean MACs of an input for ratios by axis and name of the layer.
     """
 
     method: str
@@ -115,8 +117,8 @@ class Sensitivity:
     macs: float
     dense_macs: int
     inputs: int
-    _settings: Callable[[Mapping[Knob, float]], dict[str, Any]] = field(repr=False, compare=False)
-    _count: Callable[[Mapping[str, Mapping[str, float]]], float] = field(repr=False, compare=False)
+    settings_of: Callable[[Mapping[Knob, float]], dict[str, Any]] = field(repr=False, compare=False)
+    count: Callable[[Mapping[str, Mapping[str, float]]], float] = field(repr=False, compare=False)
 
     def curves(self) -> dict[Knob, list[Row]]:
         """The points of each axis and group."""
@@ -140,7 +142,7 @@ class Sensitivity:
 
         def met(index: int) -> bool:
             if index not in counted:
-                counted[index] = self._count(self._by_layer(steps[index][0]))
+                counted[index] = self.count(self._by_layer(steps[index][0]))
             return counted[index] <= target * self.dense_macs
 
         low, high = 0, len(steps) - 1
@@ -151,7 +153,7 @@ class Sensitivity:
         chosen, lost = steps[low]
         macs = counted[low]
         return Proposal(
-            chosen, self._by_layer(chosen), self._settings(chosen), lost, macs, macs / self.dense_macs, reached
+            chosen, self._by_layer(chosen), self.settings_of(chosen), lost, macs, macs / self.dense_macs, reached
         )
 
     def plot(self, path: str | Path, proposal: Proposal | None = None) -> None:
@@ -248,13 +250,13 @@ class Sensitivity:
                 if index is None:
                     continue
                 more, saved = points[index][1] - lost, macs - points[index][2]
-                if total + more <= floor + 1e-9:
+                if min(1.0, total + more) <= floor + 1e-9:
                     options.append((more / saved, -saved, order, knob, index, more))
             if not options:
                 return steps
             *_, knob, index, more = min(options)
             at[knob] = index
-            steps.append((chosen | {knob: curves[knob][index][0]}, total + more))
+            steps.append((chosen | {knob: curves[knob][index][0]}, min(1.0, total + more)))
 
 
 def tune(
@@ -373,6 +375,8 @@ def patterns_of(names: Sequence[str], others: Iterable[str]) -> tuple[str, ...]:
     inner: dict[str, list[str]] = {}
     for name, part in zip(names, parts, strict=True):
         inner.setdefault(".".join(part[: len(head) + 1]), []).append(name)
+    if len(inner) == 1:
+        return tuple(names)
     others = list(others)
     return tuple(found for part in inner.values() for found in patterns_of(part, others))
 

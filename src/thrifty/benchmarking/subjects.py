@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thrifty.errors import CheckpointError, ProgramError, ThriftyError
-from thrifty.program import Program, Shape
+from thrifty.program import GATE_ATTRIBUTES, Operator, Program, Shape
 from thrifty.program_file import load_program
 from thrifty.zoo.records import records
 
@@ -128,19 +128,34 @@ def random_images(count: int, shape: Shape, seed: int = 0) -> NDArray[np.float32
 
 
 def without_gates(program: Program) -> Program:
-    """The dense network that a program with gates was made of: the same weights, every channel computed."""
+    """The dense network that a program with gates was made of: the same weights, everything computed."""
+    decided = {operator.output for operator in program.operators if operator.kind == "layer_gate"}
     operators = []
-    dropped = set()
     for operator in program.operators:
-        if operator.gated:
-            dropped |= {name for role, name in operator.tensors.items() if role.startswith("gate")}
-            attributes = {key: value for key, value in operator.attributes.items() if key not in {"gate", "winners"}}
-            tensors = {role: name for role, name in operator.tensors.items() if not role.startswith("gate")}
-            operators.append(replace(operator, attributes=attributes, tensors=tensors))
-        else:
-            operators.append(operator)
-    kept = {name: tensor for name, tensor in program.tensors.items() if name not in dropped}
-    return replace(program, operators=tuple(operators), tensors=kept, method=None)
+        if operator.kind == "layer_gate":
+            continue
+        kept = {key: value for key, value in operator.attributes.items() if key not in GATE_ATTRIBUTES}
+        tensors = {role: name for role, name in operator.tensors.items() if not role.startswith("gate")}
+        dense = replace(operator, attributes=kept, tensors=tensors, guard=None)
+        if operator.kind == "mul" and operator.inputs[1] in decided:
+            dense = replace(dense, kind="activation", inputs=operator.inputs[:1])
+        operators.append(dense)
+    buffers, operators = _renumbered(program, operators)
+    used = {name for operator in operators for name in operator.tensors.values()}
+    weights = {name: tensor for name, tensor in program.tensors.items() if name in used}
+    output = buffers[program.output]
+    shapes = tuple(program.buffers[old] for old in sorted(buffers))
+    return replace(program, buffers=shapes, operators=tuple(operators), output=output, tensors=weights, method=None)
+
+
+def _renumbered(program: Program, operators: list[Operator]) -> tuple[dict[int, int], list[Operator]]:
+    """The buffers that operators still use, old number -> new, and the operators on them."""
+    used = sorted({0, program.output, *(operator.output for operator in operators)})
+    number = {old: new for new, old in enumerate(used)}
+    return number, [
+        replace(operator, inputs=tuple(number[i] for i in operator.inputs), output=number[operator.output])
+        for operator in operators
+    ]
 
 
 def randomise_gates(model: Dynamic, x: Any, seed: int = 0) -> None:

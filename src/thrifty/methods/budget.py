@@ -36,6 +36,7 @@ from thrifty.errors import ThriftyError
 from thrifty.gates import Gate, LayerGate
 from thrifty.macs import MacCount, count_macs
 from thrifty.methods.base import MethodConfig
+from thrifty.strength import HIGHEST_THRESHOLD
 
 if TYPE_CHECKING:
     from thrifty.dynamic import Dynamic
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
 
 LEAST_SHARE = 0.02
 """Floor of a gate's share to the end: behind a gate that never opens nothing is learned any more."""
-
-HIGHEST_THRESHOLD = 1 - 2**-20
 
 PROBE_VALUES = 8 * 3 * 224 * 224
 """Values of the inputs that are probed at a time."""
