@@ -57,10 +57,13 @@ check-native: $(SANITIZED)/.ready
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(SANITIZED)/bin/python -m pytest -q --noconftest -p no:cacheprovider \
-	tests/test_engine_operators.py tests/test_engine_calls.py tests/test_engine_checks.py tests/test_conv_kernels.py
+	tests/test_engine_operators.py tests/test_engine_calls.py tests/test_engine_checks.py tests/test_engine_gates.py \
+	tests/test_conv_kernels.py tests/test_column_kernels.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/engine.py --output $(FIGURES)/engine.csv
+	$(BIN)/python benchmarks/engine.py --method antidote --output $(FIGURES)/antidote.csv
+	$(BIN)/python benchmarks/engine.py --method lcnet --output $(FIGURES)/lcnet.csv
 
 bench-training: $(READY)
 	$(BIN)/python benchmarks/training_step.py --output $(FIGURES)/training_step.csv

@@ -1,9 +1,9 @@
-"""Six networks in every engine, dense and with FBS at two densities, on one thread and two: speed-up and efficiency.
+"""Networks in every engine, dense and with a method, on one thread and two: speed-up and efficiency.
 
-Usage: python benchmarks/engine.py [--output FILE.csv] [--seconds 1.5] [--nets resnet18 mcifarnet …]
+Usage: python benchmarks/engine.py [--method fbs|antidote|lcnet] [--output FILE.csv] [--seconds 1.5] [--nets resnet18 …]
 
 Each network runs in a process of its own, so that none finds the memory as another left it. A file that is there
-already keeps its rows of other networks. The machine should have nothing else to do.
+already keeps its rows of other networks: one file a method. The machine should have nothing else to do.
 """
 
 from __future__ import annotations
@@ -17,40 +17,54 @@ from pathlib import Path
 
 from thrifty.cli.bench import write_csv
 
-NETS = {
-    "resnet18": 224,
-    "vgg16_bn": 224,
-    "mcifarnet": 32,
-    "resnet20": 32,
-    "resnet56": 32,
-    "vgg16": 32,
-}
-"""Network -> side of its photographs in px."""
+SIDES = {"resnet18": 224, "resnet50": 224, "vgg16_bn": 224}
+"""Network -> side of its photographs in px; 32 for the others."""
 
-BARS = {"resnet18": 0.85, "vgg16_bn": 0.85, "mcifarnet": 0.85}
-OTHERS_BAR = 0.75
-"""Efficiency that is asked for at batch 1: of the larger networks, and of the others at 32 px."""
+METHODS: dict[str, dict[str, tuple[str, ...]]] = {
+    "fbs": dict.fromkeys(("resnet18", "vgg16_bn", "mcifarnet", "resnet20", "resnet56", "vgg16"), ()),
+    "antidote": {
+        "resnet56": ("channels=[0.3, 0.3, 0.6]", "columns=0.6"),
+        "vgg16": ("channels=[0.2, 0.2, 0.6, 0.9, 0.9]",),
+        "resnet18": ("channels=0.5", "columns=0.5"),
+    },
+    "lcnet": {"resnet56": ("target=0.5",), "resnet50": ("target=0.5",)},
+}
+"""Method -> network -> settings, those of the paper where it gives any. FBS runs at `--density`."""
+
+BARS = {
+    ("fbs", "resnet18"): 0.85, ("fbs", "vgg16_bn"): 0.85, ("fbs", "mcifarnet"): 0.85, ("lcnet", "resnet50"): 0.85,
+}  # fmt: skip
+METHOD_BARS = {"fbs": 0.75, "antidote": 0.70, "lcnet": 0.75}
+"""Efficiency that is asked for at batch 1: of single networks, and of all others."""
 
 
 def main() -> None:
     """Run `thrifty bench` for each network and put the rows together."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
+    parser.add_argument("--method", default="fbs", choices=list(METHODS))
+    parser.add_argument("--nets", nargs="+")
     parser.add_argument("--seconds", default="1.5")
     parser.add_argument("--density", nargs="+", default=["0.5", "0.7"])
     parser.add_argument("--threads", nargs="+", default=["1", "2"])
     parser.add_argument("--batch", nargs="+", default=["1", "16"])
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    cases = METHODS[arguments.method]
+    nets = arguments.nets or list(cases)
+    if set(nets) - set(cases):
+        parser.error(f"--nets of {arguments.method} are: {', '.join(cases)}")
     rows: list[dict[str, str]] = []
     if arguments.output and arguments.output.exists():
         with arguments.output.open(newline="", encoding="utf-8") as stream:
-            rows = [row for row in csv.DictReader(stream) if row["model"] not in arguments.nets]
+            rows = [row for row in csv.DictReader(stream) if row["model"] not in nets]
     with tempfile.TemporaryDirectory() as directory:
-        for net in arguments.nets:
+        for net in nets:
             file = Path(directory) / "rows.csv"
-            command = [sys.executable, "-m", "thrifty", "bench", net, "--image", str(NETS[net]), "--csv", str(file)]
-            for option in ("density", "threads", "batch"):
+            command = [sys.executable, "-m", "thrifty", "bench", net, "--csv", str(file)]
+            command += ["--image", str(SIDES.get(net, 32)), "--method", arguments.method]
+            for setting in cases[net]:
+                command += ["--set", setting]
+            for option in ("density", "threads", "batch") if arguments.method == "fbs" else ("threads", "batch"):
                 command += [f"--{option}", *getattr(arguments, option)]
             subprocess.run([*command, "--seconds", arguments.seconds], check=True)  # noqa: S603 (our own command line)
             with file.open(newline="", encoding="utf-8") as stream:
@@ -59,7 +73,7 @@ def main() -> None:
                 write_csv(arguments.output, rows, {})
     for row in rows:
         if row["batch"] == "1" and row["method"]:
-            bar = BARS.get(row["model"], OTHERS_BAR)
+            bar = BARS.get((row["method"], row["model"]), METHOD_BARS[row["method"]])
             met = "met" if float(row["efficiency"]) >= bar else "MISSED"
             what = f"{row['model']}, {row['method']} {row['density']}, {row['threads']} threads"
             print(f"{what}: efficiency {float(row['efficiency']):.2f}, bar {bar}: {met}")

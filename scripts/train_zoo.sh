@@ -14,10 +14,15 @@ train() {
     fi
 }
 
-for recipe in resnet20-cifar10{-base,,-fbs} mcifarnet-cifar10{-base,-start,,-fbs}; do
+models=(
+    resnet20-cifar10{-start,-fbs,,-antidote,-antidote-random,-lcnet,-any}
+    resnet56-cifar10{,-antidote,-lcnet}
+    mcifarnet-cifar10{,-fbs}
+)
+for recipe in {resnet20,resnet56,mcifarnet}-cifar10-base mcifarnet-cifar10-start "${models[@]}"; do
     train "$recipe"
 done
-for model in {resnet20,mcifarnet}-cifar10{,-fbs}; do
+for model in "${models[@]}"; do
     python scripts/release.py "runs/$model" --root "$data"
 done
 python scripts/readme_tables.py

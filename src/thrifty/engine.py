@@ -209,7 +209,7 @@ class Engine:
         """Prune as much as it takes to cost at most `share` of the dense MACs, for calls that begin after.
 
         Made for models that were trained for all budgets, or whose gates have thresholds. Shares are put between 1 and
-        what the engine was made with, all at the same part of the way; thresholds between 0 and 1.
+        what the engine was made with, all at the same part of the way; thresholds between theirs and 1.
 
         Args:
             share: mean executed MACs over those of the dense network, in (0, 1], gates included.
@@ -244,7 +244,7 @@ class Engine:
         made = self._made.operators[place]
         for setting in SETTINGS[str(made.gate)]:
             if setting == "threshold":
-                self._native.set(place, setting, min(strength, HIGHEST_THRESHOLD))
+                self._native.set(place, setting, max(made.setting(setting), min(strength, HIGHEST_THRESHOLD)))
             else:
                 size = self._size(place, setting)
                 self._native.set(place, setting, kept(1 - (1 - made.setting(setting) / size) * strength, size))

@@ -77,6 +77,21 @@ class Gate(nn.Module, ABC):
         """
 
 
+class Predictor(ABC):
+    """A gate's linear predictor of scores from features of the map that it reads."""
+
+    CENTRE: ClassVar[float]
+    """Score about which it decides both ways."""
+
+    @abstractmethod
+    def features(self, x: Tensor) -> Tensor:
+        """What it predicts from, [N, C], of maps x [N, C, H, W]."""
+
+    @abstractmethod
+    def predict(self, weight: Tensor, bias: Tensor) -> None:
+        """Score by weight [O, C] and bias [O] from now on."""
+
+
 class ChannelGate(Gate):
     """Decides which of `channels` output channels of a convolution are computed, and by how much each is scaled.
 

@@ -161,38 +161,43 @@ def _renumbered(program: Program, operators: list[Operator]) -> tuple[dict[int, 
 def randomise_gates(model: Dynamic, x: Any, seed: int = 0) -> None:
     """Give every gate that has weights random ones with which images x [N, C, H, W] decide independently of each other.
 
-    Saliencies are 1 + phi (m - mean of m over x), scaled to a standard deviation of `SPREAD`, where m are the mean
-    magnitudes that the gate sees: so no two images agree, and values neither explode nor fade on their way.
+    Scores are c + phi (m - mean of m over x), scaled to a standard deviation of `SPREAD`, where m is what the gate
+    predicts from and c about where it decides: so no two images agree, and values neither explode nor fade on their
+    way. Where a method has a target of MACs, the thresholds are then put where x cost that.
 
     Raises:
-        ThriftyError: a gate has no linear predictor to randomise.
+        ThriftyError: a gate has weights, but no linear predictor to randomise.
     """
     import torch  # noqa: PLC0415 (programs need no torch)
 
+    from thrifty.budgets import set_budget  # noqa: PLC0415
     from thrifty.dynamic import evaluating, hooked  # noqa: PLC0415
-    from thrifty.gates import mean_magnitude  # noqa: PLC0415
+    from thrifty.gates import Predictor  # noqa: PLC0415
 
     generator = torch.Generator().manual_seed(seed)
 
     def fit(gate: Any, inputs: tuple[Any, ...]) -> None:
-        seen = mean_magnitude(inputs[0])
+        seen = gate.features(inputs[0])
         mean = seen.mean(0)
         # Images differ most in their strength, by which alone they would fall into two classes: all directions in which
         # they differ get the same weight, down to a hundredth of the first.
         _, sizes, directions = torch.linalg.svd(seen - mean, full_matrices=False)
-        weight = torch.randn(len(gate.predictor.bias), len(sizes), generator=generator)
+        outputs = gate.lower(inputs[0].shape[1:]).tensors["bias"].numel()
+        weight = torch.randn(outputs, len(sizes), generator=generator)
         weight = weight / sizes.clamp_min(1e-2 * float(sizes[0]) + 1e-12) @ directions
         scores = (seen - mean) @ weight.T
         weight *= SPREAD / scores.std().clamp_min(1e-12)
-        gate.predictor.weight.copy_(weight)
-        gate.predictor.bias.copy_(1 - weight @ mean)
+        gate.predict(weight, gate.CENTRE - weight @ mean)
 
     gates = {name: gate for name, gate in model.gates().items() if next(gate.parameters(), None) is not None}
     for name, gate in gates.items():
-        if not hasattr(gate, "predictor"):
+        if not isinstance(gate, Predictor):
             raise ThriftyError(f"the gate of {name}, a {type(gate).__name__}, has no predictor to randomise.")
     with evaluating(model), hooked([gate.register_forward_pre_hook(fit) for gate in gates.values()]):
         model(x)
+    target = getattr(model.method, "target", None)
+    if target is not None:
+        set_budget(model, target, x)
 
 
 def _of_program(source: str, image: int | None) -> Subject:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from thrifty.conversion import Place
 from thrifty.density import Density, check_density, check_patterns, density_for, kept
 from thrifty.errors import ThriftyError
-from thrifty.gates import ChannelGate, LoweredGate, Pair, mean_magnitude, top_k_mask
+from thrifty.gates import ChannelGate, LoweredGate, Pair, Predictor, mean_magnitude, top_k_mask
 from thrifty.graph import ConvSite, gate_outputs
 from thrifty.methods.base import MethodConfig, sampled_strength
 
@@ -194,8 +194,10 @@ class FBS(MethodConfig):
         _freeze_signs(norm)
 
 
-class FBSGate(ChannelGate):
+class FBSGate(ChannelGate, Predictor):
     """pi(x) = wta_k(ReLU(ss(x) phi + rho)) for maps x [N, C_in, H, W]."""
+
+    CENTRE = 1.0
 
     winners: Tensor
 
@@ -208,11 +210,21 @@ class FBSGate(ChannelGate):
         self.penalty: Tensor | None = None
 
     def forward(self, x: Tensor) -> Pair:
-        saliency = torch.relu(self.predictor(mean_magnitude(x)))
+        saliency = torch.relu(self.predictor(self.features(x)))
         if self.training:
             self.penalty = saliency.sum(1).mean()
         winners = top_k_mask(saliency, self.winners)
         return saliency * winners.to(saliency.dtype), winners
+
+    def features(self, x: Tensor) -> Tensor:
+        """ss(x), [N, C_in]."""
+        return mean_magnitude(x)
+
+    @torch.no_grad()
+    def predict(self, weight: Tensor, bias: Tensor) -> None:
+        """Take weight [C, C_in] as phi and bias [C] as rho."""
+        self.predictor.weight.copy_(weight)
+        self.predictor.bias.copy_(bias)
 
     def overhead(self, shape: torch.Size) -> int:
         """One MAC for each element that is pooled and one for each weight of phi."""

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from thrifty.blocks import Block, residual_blocks
 from thrifty.conversion import Place
 from thrifty.errors import ThriftyError
-from thrifty.gates import ChannelGate, LayerGate, LoweredGate, Pair
+from thrifty.gates import ChannelGate, LayerGate, LoweredGate, Pair, Predictor
 from thrifty.graph import ConvSite, gate_outputs
 from thrifty.methods.budget import BudgetConfig, Budgeted, budgeted
 
@@ -149,9 +149,10 @@ def _scores(z: Tensor, threshold: Tensor) -> Tensor:
     return torch.where(scores > threshold, scores, torch.zeros_like(scores))
 
 
-class _Scored(Budgeted):
+class _Scored(Budgeted, Predictor):
     """Scores clip(W mean(x) + b) in [0, 1] of maps x [N, C, H, W], with W = 0 and b = 1 at first."""
 
+    CENTRE = 0.5
     threshold: Tensor
 
     def _prepare(self, inputs: int, outputs: int, method: LCNet) -> None:
@@ -168,7 +169,7 @@ class _Scored(Budgeted):
 
     def scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [N, outputs], 0 where they are not above the threshold, and where they are."""
-        z = nn.functional.linear(x.mean((2, 3)), self.weight(), self.predictor.bias)
+        z = nn.functional.linear(self.features(x), self.weight(), self.predictor.bias)
         if not self.training:
             scores = _scores(z, self.threshold)
             return scores, scores > 0
@@ -177,6 +178,16 @@ class _Scored(Budgeted):
         counted = (1 + self.knee) * scores / (scores + self.knee)
         self.opened = (counted.mean(1), decided.to(scores.dtype).mean(1))
         return scores, decided
+
+    def features(self, x: Tensor) -> Tensor:
+        """Means [N, C] over the positions of each channel."""
+        return x.mean((2, 3))
+
+    @torch.no_grad()
+    def predict(self, weight: Tensor, bias: Tensor) -> None:
+        """Take weight [outputs, C] as W and bias [outputs] as b."""
+        self.predictor.weight.copy_(weight * self.predictor.in_features**0.5)
+        self.predictor.bias.copy_(bias)
 
     def overhead(self, shape: torch.Size) -> int:
         """One MAC for each element that is pooled and one for each weight."""
