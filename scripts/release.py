@@ -84,7 +84,7 @@ def main() -> None:
 
 def _lineage(recipe: dict[str, Any]) -> list[tuple[str, int]]:
     """Names and epochs of the runs that the recipe's weights come from, oldest first."""
-    weights = recipe["model"]["weights"]
+    weights = recipe["model"].get("weights")
     if weights is None:
         return []
     parent = yaml.safe_load((Path(weights).parent / "recipe.yaml").read_text(encoding="utf-8"))
