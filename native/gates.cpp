@@ -1,30 +1,12 @@
 #include "gates.h"
 
 #include <algorithm>
-#include <cmath>
 
 namespace thrifty {
 namespace {
 
 constexpr auto channels_axis = static_cast<std::size_t>(Axis::channels);
 constexpr auto columns_axis = static_cast<std::size_t>(Axis::columns);
-
-// Marks the k highest scores, none negative; equal ones go to the lowest index, NaN counts as lowest. `sorted`: [count]
-// to work in.
-void mark_winners(const float* scores, int count, int k, float* sorted, std::uint8_t* marks) {
-    const auto score = [&](int i) { return std::isnan(scores[i]) ? -1.0f : scores[i]; };
-    for (int i = 0; i < count; ++i) sorted[i] = score(i);
-    std::nth_element(sorted, sorted + (k - 1), sorted + count, [](float a, float b) { return a > b; });
-    const float least = sorted[k - 1];
-    int ties = k;
-    for (int i = 0; i < count; ++i) ties -= score(i) > least;
-    for (int i = 0; i < count; ++i) {
-        const float s = score(i);
-        const bool tie = s == least && ties > 0;
-        ties -= tie;
-        marks[i] = s > least || tie;
-    }
-}
 
 void copy_marks(const std::uint8_t* from, int count, std::uint8_t* to) {
     for (int i = 0; i < count; ++i) to[i] = from[i] != 0;
@@ -50,7 +32,7 @@ public:
     Needs needs() const override {
         const auto inputs = static_cast<std::size_t>(in().shape.channels);
         const auto outputs = static_cast<std::size_t>(out().shape.channels);
-        return {0, inputs + 2 * outputs, outputs + 1};
+        return {0, inputs + outputs, 2 * outputs + 1};
     }
 
     void decide(const Call& call, Choice& choice) const override {
@@ -71,7 +53,7 @@ public:
         std::uint8_t* const marks = call.context.marks.data();
         const GateSettings& settings = call.context.settings[place_];
         if (const std::uint8_t* forced = call.forced[channels_axis]) copy_marks(forced, outputs, marks);
-        else if (topk) mark_winners(saliency, outputs, settings.channels, saliency + outputs, marks);
+        else if (topk) kernels.mark_highest(saliency, outputs, settings.channels, call.context.indices.data() + outputs + 1, marks);
         else
             for (int c = 0; c < outputs; ++c) marks[c] = static_cast<double>(saliency[c]) > settings.threshold;
         int* const index = call.context.indices.data();
@@ -96,7 +78,7 @@ public:
     Needs needs() const override {
         const auto channels = static_cast<std::size_t>(in().shape.channels);
         const auto pixels = static_cast<std::size_t>(in().shape.pixels());
-        return {0, 2 * std::max(channels, pixels), channels + pixels + 2};
+        return {0, std::max(channels, pixels), channels + pixels + 2 + std::max(channels, pixels)};
     }
 
     void decide(const Call& call, Choice& choice) const override {
@@ -112,12 +94,12 @@ public:
         std::uint8_t* const column_marks = channel_marks + channels;
         int* const index = call.context.indices.data();
         float* const scores = call.context.aside.data();
-        float* const sorted = scores + std::max(channels, pixels);
+        int* const keys = index + channels + pixels + 2;
         const Channels active = choice.read;
         if (by_channel) {
             score_channels(call, active, scores);
             if (forced_channels) copy_marks(forced_channels, channels, channel_marks);
-            else mark_winners(scores, channels, settings.channels, sorted, channel_marks);
+            else kernels_.simple->mark_highest(scores, channels, settings.channels, keys, channel_marks);
             int count = 0;
             for (int i = 0; i < active.count; ++i)
                 if (channel_marks[active.index[i]]) index[count++] = active.index[i];
@@ -126,7 +108,7 @@ public:
         if (choice.by_column) {
             score_columns(call, active, scores);
             if (forced_columns) copy_marks(forced_columns, pixels, column_marks);
-            else mark_winners(scores, pixels, settings.columns, sorted, column_marks);
+            else kernels_.simple->mark_highest(scores, pixels, settings.columns, keys, column_marks);
             choice.columns = index + channels;
             choice.column_count = list_marked(column_marks, pixels, index + channels);
         }

@@ -55,6 +55,9 @@ struct SimpleKernels {
     float (*sum_magnitude)(ConstPlane x, Extent extent);
     // y[h * width + w] = sum of |x| at (h, w), over the channels in their order, for rows [first, last).
     void (*sum_columns)(const Map& x, Channels channels, int first, int last, float* y);
+    // Marks the k highest of `count` scores, none negative; equal ones go to the lowest index, NaN comes last. `keys`:
+    // [count] to work in.
+    void (*mark_highest)(const float* scores, int count, int k, int* keys, std::uint8_t* marks);
 
     // `scratch` takes pool_scratch(window) floats. Padding never wins the maximum; NaN does.
     void (*max_pool)(ConstPlane x, Plane y, const Window& window, float* scratch);

@@ -138,6 +138,43 @@ void sum_columns(const Map& x, Channels channels, int first, int last, float* y)
     }
 }
 
+// ---- ranking
+
+inline int count_from(const int* keys, int count, int least) {
+    int found = 0;
+    for (int i = 0; i < count; ++i) found += keys[i] >= least;
+    return found;
+}
+
+void mark_highest(const float* scores, int count, int k, int* keys, std::uint8_t* marks) {
+    int high = -1;
+    for (int i = 0; i < count; ++i) {
+        const float score = scores[i] + 0.0f;  // -0 becomes 0; floats that are not negative rank as their bits do
+        int key;
+        __builtin_memcpy(&key, &score, sizeof key);
+        keys[i] = score == score ? key : -1;
+        high = keys[i] > high ? keys[i] : high;
+    }
+    // The highest key that k or more reach, by halving: cheaper than sorting, for a count of all keys is vectors only.
+    int least = -1, reaching = count;
+    while (least < high && reaching != k) {
+        const int middle = static_cast<int>((static_cast<long long>(least) + high + 1) / 2);
+        const int found = count_from(keys, count, middle);
+        if (found >= k) least = middle, reaching = found;
+        else high = middle - 1;
+    }
+    if (reaching == k) {
+        for (int i = 0; i < count; ++i) marks[i] = keys[i] >= least;
+        return;
+    }
+    int ties = k - count_from(keys, count, least + 1);
+    for (int i = 0; i < count; ++i) {
+        const bool tie = keys[i] == least && ties > 0;
+        ties -= tie;
+        marks[i] = keys[i] > least || tie;
+    }
+}
+
 // ---- pooling
 
 struct Maximum {
@@ -354,7 +391,7 @@ void linear_panels(const float* panels, const float* bias, const float* x, const
 
 const SimpleKernels& simple_kernels() {
     static constexpr SimpleKernels kernels{
-        affine, add, multiply, activate, sum, sum_magnitude, sum_columns, max_pool, avg_pool, adaptive_avg_pool, adaptive_max_pool,
+        affine, add, multiply, activate, sum, sum_magnitude, sum_columns, mark_highest, max_pool, avg_pool, adaptive_avg_pool, adaptive_max_pool,
         layer_norm, linear_rows, linear_runs, linear_panels, input_bytes, input_floats,
     };
     return kernels;
