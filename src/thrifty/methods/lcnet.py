@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 PACE = 0.25
-"""Found on a small task: with 0 channels hardly move before blocks close, with 1 they close in masses."""
+"""Found on small tasks: at 0 channels hardly move before blocks close, at 1 they close in masses."""
 
 STEEPEST = 1.0
 """Largest derivative of an input's loss by a score. Behind a normalisation of maps that are zero it has no bound."""
