@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ def test_equal_costs_stay_together_whatever_their_order() -> None:
     groups = made(macs.tolist(), correct.tolist()).by_cost(5)
     order = rng.permutation(200)
     assert made(macs[order].tolist(), correct[order].tolist()).by_cost(5) == groups
-    assert all(before.highest < after.lowest for before, after in zip(groups, groups[1:], strict=False))
+    assert all(before.highest < after.lowest for before, after in pairwise(groups))
     for group in groups:
         inside = (macs >= group.lowest) & (macs <= group.highest)
         assert group.photographs == inside.sum()
