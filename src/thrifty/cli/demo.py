@@ -210,14 +210,15 @@ def _sections(results: Iterable[dict[str, Any]]) -> list[Section]:
                 SAMPLE / item["photograph"],
                 item["class"],
                 item["prediction"],
-                f"{millions(item['macs'])}, {item['macs'] / dense:.0%}",
+                f"{millions(item['macs'])}, {100 * item['macs'] / dense:.0f} %",
             )
             for item in items
         ]
 
     return [
         Section(
-            f"{result['model']}: {millions(result['macs'])} MACs a photograph, {millions(result['dense_macs'])} dense",
+            f"{result['model']}: {millions(result['macs'])} MACs on average, {millions(result['dense_macs'])} dense; "
+            "below each photograph its MACs and their share of dense",
             tuple((kind, tiles(result[kind], result["dense_macs"])) for kind in ("cheapest", "dearest")),
         )
         for result in results
