@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from varying import write_varying
 
 import thrifty
 from thrifty.data.files import SAMPLE
@@ -166,6 +168,50 @@ def test_eval_at_another_density_costs_less() -> None:
     assert own["macs"]["mean"] == pytest.approx(sum(own["layers"].values()) + sum(own["gates"].values()))
     text = output("eval", FBS_MODEL, "--layers")
     assert "layer1.0.conv1" in text
+
+
+@pytest.fixture(scope="module")
+def varying(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_varying(tmp_path_factory.mktemp("varying") / "model.safetensors")
+
+
+def test_eval_tells_accuracy_by_cost_and_what_ran(varying: Path, tmp_path: Path) -> None:
+    for name in sorted(path.name for path in SAMPLE.iterdir() if path.is_dir()):
+        (tmp_path / name).mkdir()
+        for photograph in sorted((SAMPLE / name).iterdir())[:6]:
+            (tmp_path / name / photograph.name).symlink_to(photograph)
+    arguments = ("eval", str(varying), "--data", "folder", "--root", str(tmp_path))
+    report = json.loads(output(*arguments, "--json"))
+    groups = report["by_cost"]
+    assert not report["constant_cost"]
+    assert 2 <= len(groups) <= 5
+    assert sum(group["photographs"] for group in groups) == 60
+    assert sum(g["accuracy"] * g["photographs"] for g in groups) == pytest.approx(60 * report["accuracy"])
+    assert sum(g["macs"] * g["photographs"] for g in groups) == pytest.approx(60 * report["macs"]["mean"])
+    assert (groups[0]["lowest"], groups[-1]["highest"]) == (report["macs"]["min"], report["macs"]["max"])
+    assert sum(report["class_macs"].values()) / 10 == pytest.approx(report["macs"]["mean"])
+    assert report["shares"]["layer2.1"].keys() == {"ran"}
+    assert report["shares"]["layer2.1.conv1"].keys() == {"ran", "channels"}
+    assert report["shares"]["layer2.1.conv2"] == report["shares"]["layer2.1"]
+    text = output(*arguments, "--layers")
+    for shown in ("from the cheapest photographs to the dearest", "channels kept", "MACs, mean"):
+        assert shown in text
+    lines = [line.split() for line in text.splitlines()]
+    for name, own in report["shares"].items():
+        (line,) = (line for line in lines if line and line[0] == name)
+        shares = [cell for cell, unit in pairwise(line) if unit == "%"]
+        assert shares == [f"{100 * share:.2f}" for share in own.values()]
+    names = [line[0] for line in lines if line]
+    assert names.index("layer2.1.conv1") - names.index("layer2.1") == 1
+    groups_shown = [line for line in lines if "–" in line]
+    assert [line[-2] for line in groups_shown] == [f"{100 * group['accuracy']:.2f}" for group in groups]
+
+
+def test_eval_says_that_a_cost_is_constant() -> None:
+    text = output("eval", DENSE_MODEL, "--layers")
+    assert text.count("every photograph costs the same") == 1
+    assert "cheapest" not in text
+    assert "kept" not in text
 
 
 def test_show_draws_one_photograph(tmp_path: Path) -> None:

@@ -6,17 +6,22 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import typer
+from PIL import Image
+from varying import write_varying
 
 import thrifty
 from thrifty.benchmarking.subjects import random_images
+from thrifty.cli.demo import _networks
 from thrifty.cli.options import Several
-from thrifty.data.files import SAMPLE
+from thrifty.data.files import SAMPLE, listing, read_files
+from thrifty.zoo.compilation import compile_file
 from thrifty.zoo.store import load_model
 
 DENSE, DYNAMIC = "resnet20-cifar10", "resnet20-cifar10-fbs"
@@ -24,13 +29,13 @@ QUICK = ("--seconds", "0.02")
 NO_TORCH = "import sys; sys.modules['torch'] = None; from thrifty.cli import main; sys.argv[0] = 'thrifty'; main()"
 
 
-def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, code: str | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *(("-m", "thrifty") if code is None else ("-c", code)), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
 
 
-def output(*arguments: str, code: str | None = None) -> str:
-    done = run(*arguments, code=code)
+def output(*arguments: str, code: str | None = None, cwd: Path | None = None) -> str:
+    done = run(*arguments, code=code, cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert not done.stderr, done.stderr
     return done.stdout
@@ -165,22 +170,112 @@ def test_compile_writes_onnx_too(tmp_path: Path) -> None:
 def test_the_demo_needs_no_torch_and_shows_every_model() -> None:
     results = json.loads(output("demo", "--json", *QUICK, code=NO_TORCH))
     records = {record.name: record for record in thrifty.zoo.records()}
-    dense = {name for name, record in records.items() if record.method is None}
+    dense = {pair[0].name for pair in _networks(list(records.values()))}
     assert {(result["model"], result["engine"]) for result in results} == {
-        *((name, "thrifty") for name in records),
+        *((name, "thrifty") for name, record in records.items() if name in dense or record.method is not None),
         *((name, "onnxruntime") for name in dense),
     }
     by_row = {(result["model"], result["engine"]): result for result in results}
-    for name, record in records.items():
-        result = by_row[name, "thrifty"]
+    for name in {name for name, _ in by_row}:
+        record, result = records[name], by_row[name, "thrifty"]
         spread = (record.accuracy * (1 - record.accuracy) / 1000) ** 0.5
         assert result["photographs"] == 1000
         assert abs(result["accuracy"] - record.accuracy) < 3 * spread
         assert result["macs"] == pytest.approx(record.macs, rel=0.01)
-        assert result["ms_p10"] <= result["ms"] <= result["ms_p90"]
+        assert result["ms_p10"] <= result["ms"] <= result["ms_p90"] <= result["ms_p95"] <= result["ms_p99"]
         assert result["constant_cost"] == (result["cheapest"] == [])
     for name in dense:
         assert abs(by_row[name, "onnxruntime"]["accuracy"] - by_row[name, "thrifty"]["accuracy"]) <= 0.002
+
+
+def test_the_demo_has_one_dense_model_of_each_network() -> None:
+    (known, *_) = thrifty.zoo.records()
+    entries = [("a", 20, False, 9.0), ("b", 26, False, 9.0), ("c", 26, False, 9.0), ("d", 9, True, 4.0)]
+    entries += [("e", 99, True, 5.0)]
+    made = [
+        replace(known, name=name, net="n", total_epochs=epochs, method={"name": "fbs"} if dynamic else None, macs=macs)
+        for name, epochs, dynamic, macs in entries
+    ]
+    made.append(replace(known, name="f", net="m", method=None))
+    found = [(dense.name, [other.name for other in dynamic]) for dense, dynamic in _networks(made)]
+    assert found == [("f", []), ("b", ["e", "d"])]
+
+
+VARYING = """
+import sys; sys.modules['torch'] = None
+from dataclasses import replace
+import thrifty
+from thrifty.cli import main
+(dense,) = [record for record in thrifty.zoo.records() if record.name == 'resnet20-cifar10']
+found = [dense] if '--dense' in sys.argv else [dense, replace(dense, name='varying', method={})]
+thrifty.zoo.records = lambda: found
+sys.argv = ['thrifty', *[word for word in sys.argv[1:] if word != '--dense']]
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the program of a model of varying cost, under the name of its record."""
+    directory = tmp_path_factory.mktemp("demo")
+    compile_file(write_varying(directory / "model.safetensors"), directory / "varying")
+    return directory
+
+
+def test_the_demo_draws_the_cheapest_and_the_dearest(place: Path) -> None:
+    text = output("demo", *QUICK, code=VARYING, cwd=place)
+    assert "as pictures: thrifty-demo.png" in text
+    assert max(map(len, text.splitlines())) <= 160
+    assert all(column in text for column in ("p50", "p10 – p90", "p95", "p99"))
+    with Image.open(place / "thrifty-demo.png") as picture:
+        drawn = np.asarray(picture.convert("RGB"))
+    results = json.loads(output("demo", *QUICK, "--json", "--report", "other.png", code=VARYING, cwd=place))
+    assert (place / "other.png").read_bytes() == (place / "thrifty-demo.png").read_bytes()
+    (result,) = (row for row in results if row["model"] == "varying")
+    paths, labels, classes = listing(SAMPLE)
+    trace = thrifty.load(place / "varying").trace(read_files(paths, 32))
+    costs = dict(zip([str(path.relative_to(SAMPLE)) for path in paths], trace.macs.tolist(), strict=True))
+    expected = sorted(costs.values())
+    assert [item["macs"] for item in result["cheapest"]] == expected[:8]
+    assert [item["macs"] for item in result["dearest"]] == expected[:-9:-1]
+    for row, kind in enumerate(("cheapest", "dearest")):
+        for column, item in enumerate(result[kind]):
+            index = [str(path.relative_to(SAMPLE)) for path in paths].index(item["photograph"])
+            assert costs[item["photograph"]] == item["macs"]
+            assert classes[labels[index]] == item["class"]
+            assert item["prediction"] in classes
+            pixels = read_files([paths[index]], 32)[0].repeat(4, 0).repeat(4, 1)
+            left = 24 + column * 140
+            tops = [
+                y for y in range(drawn.shape[0] - 128) if np.array_equal(drawn[y : y + 128, left : left + 128], pixels)
+            ]
+            assert len(tops) == 1
+            assert (tops[0] > drawn.shape[0] // 2) == (row == 1)
+    trusted = np.mean(trace.output.argmax(1) == labels)
+    assert abs(result["accuracy"] - trusted) < 0.01
+
+
+def test_the_demo_draws_nothing_where_costs_are_constant(tmp_path: Path) -> None:
+    text = output("demo", *QUICK, "--dense", code=VARYING, cwd=tmp_path)
+    assert text.count("no report to draw") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_overwrites_nothing_but_its_own_report(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "thrifty-demo.png")
+    (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
+    before = (tmp_path / "thrifty-demo.png").read_bytes()
+    cases = [((), "Choose another --report"), (("--report", "text.png"), "Choose another --report")]
+    cases += [(("--report", "a.html"), "must end in .png"), (("--report", "."), "must end in .png")]
+    for arguments, words in cases:
+        done = run("demo", *QUICK, *arguments, code=VARYING, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+        assert words in done.stderr
+    assert (tmp_path / "thrifty-demo.png").read_bytes() == before
+    (tmp_path / "d.png").mkdir()
+    assert "Choose another" in run("demo", "--report", "d.png", code=VARYING, cwd=tmp_path).stderr
 
 
 def test_the_demo_names_what_it_misses() -> None:

@@ -21,6 +21,7 @@ from thrifty.errors import NonFiniteError
 from thrifty.evaluation import accuracy
 from thrifty.files import clear_partial
 from thrifty.macs import count_macs
+from thrifty.methods.budget import budgeted, open_shares
 from thrifty.train import checkpoint
 from thrifty.train.build import build_model, build_teacher, check_logits, load_data
 from thrifty.train.checkpoint import Position
@@ -36,7 +37,7 @@ from thrifty.train.sync import synchronise_batch_norm
 from thrifty.zoo.store import ModelCard, save_model
 
 MACS_PHOTOGRAPHS = 64
-"""Photographs of the validation set on which mean MACs are counted after each epoch."""
+"""Photographs of the validation set on which mean MACs, and the shares of gates, are counted after each epoch."""
 
 FINISHING_PHOTOGRAPHS = 512
 """Photographs of the validation set that a method may set its last values by."""
@@ -63,8 +64,9 @@ class Outcome:
 class Trainer:
     """One run of a recipe in a directory.
 
-    Files: `recipe.yaml` (as run), `log.csv` (a row an epoch), `tensorboard/`, `checkpoint.safetensors`, and at the
-    end `model.safetensors`.
+    Files: `recipe.yaml` (as run), `log.csv` (a row an epoch), `gates.csv` (how often each layer gate's layers ran and
+    the mean share of channels that each channel gate left open, a row an epoch and gate, where a method's gates decide
+    freely and photographs are held out), `tensorboard/`, `checkpoint.safetensors`, and at the end `model.safetensors`.
 
     Args:
         recipe: what to train.
@@ -270,7 +272,10 @@ class Trainer:
             section = self.recipe.data
             held = loader.EvaluationLoader(self.validation, section.mean, section.std)
             row["validation_accuracy"] = accuracy(evaluated, held, self.accelerator.device)
-            row["validation_macs"] = count_macs(evaluated, self._held_out(MACS_PHOTOGRAPHS)).mean
+            few = self._held_out(MACS_PHOTOGRAPHS)
+            row["validation_macs"] = count_macs(evaluated, few).mean
+            if isinstance(evaluated, Dynamic) and budgeted(evaluated):
+                row["gates"] = open_shares(evaluated, few)
         self.position = Position(at.epoch + 1, 0, row["seconds"])
         self.begun = time.monotonic() - self.position.seconds
         self.log.add(row)
