@@ -1,18 +1,15 @@
 """What methods share that learn how much to spend: the MACs that gates leave, as a function of them, and a target.
 
-The objective is this project's own. For each input of a batch the executed MACs are a sum of products: of each layer
-its dense MACs times the open share of its outputs, of its inputs and of its block. Which gates a layer depends on is
-measured at conversion by closing one gate at a time. The share that an input leaves open counts as it is decided, while
-its gradient is that of the scores (straight-through). The loss term is
+How the budget is met is this project's own: by a price. Each gate's scores are lowered by it; it rises while inputs
+cost more than the goal and falls while they cost less, at every step by `rate` times the difference of the batch mean
+of executed over dense MACs and the goal. So the loss is the network's alone, scores are learned by what they do for
+it, and the price decides how many of them pay. In the first part `relax` of training the goal descends from 1 to the
+target, and layer gates pay a share of the price that rises from 0 to 1, so that whole blocks close last.
 
-    weight * ((ratio - goal)² + mean over gates of max(0, floor - share)²)
-
-with `ratio` the batch mean of executed over dense MACs, gates included, and `share` a gate's batch mean. In the first
-part `relax` of training, with p going from 0 to 1 in it, the goal descends from 1 to the target along
-1 + (target - 1) p, every gate is held above the floor goal * (1 - p), of which `LEAST_SHARE` stays so that none dies,
-and shares are counted as (1 - p) * score + p * decision, so that gates part before decisions do all of the counting.
-Evaluation has no batch statistics, so the same gates may leave more there: after training the threshold is raised until
-photographs that were held out cost the target.
+For each input the executed MACs are a sum of products: of each layer its dense MACs times the open share of its
+outputs, of its inputs and of its block. Which gates a layer depends on is measured at conversion by closing one gate at
+a time. Evaluation has no batch statistics, so the same gates may leave more there: after training the threshold is
+raised until photographs that were held out cost the target.
 
 The sum of products is exact where a layer reads maps of one gate, or of several side by side. Where a sum makes a
 map active that several gates could leave, it is linear in each of them.
@@ -41,9 +38,6 @@ from thrifty.strength import HIGHEST_THRESHOLD
 if TYPE_CHECKING:
     from thrifty.dynamic import Dynamic
     from thrifty.graph import ConvSite
-
-LEAST_SHARE = 0.02
-"""Floor of a gate's share to the end: behind a gate that never opens nothing is learned any more."""
 
 PROBE_VALUES = 8 * 3 * 224 * 224
 """Values of the inputs that are probed at a time."""
@@ -76,19 +70,33 @@ class Costs:
 
 
 class Budgeted(Gate):
-    """A gate that tells what it leaves open.
+    """A gate that tells what it leaves open, and whose scores are lowered by what it is charged.
 
     Attributes:
-        opened: of the latest forward pass in training, [N] each: the mean score, which has gradients, and the share
-            that was decided on.
+        price: the same for all gates, a scalar buffer that travels with the weights.
+        charged: of the price, a scalar buffer.
+        opened: of the latest forward pass in training, [N]: the share that was decided on; None once it was counted.
+        share: its mean, 1 before any.
         costs: of the whole model, shared by its gates.
     """
 
-    opened: tuple[Tensor, Tensor] | None = None
+    price: Tensor
+    charged: Tensor
+    opened: Tensor | None = None
+    share: float | Tensor = 1.0
     costs: Costs | None = None
 
+    def make_free(self) -> None:
+        """Start with a price of 0."""
+        self.register_buffer("price", torch.tensor(0.0))
+        self.register_buffer("charged", torch.tensor(0.0))
+
+    def open(self, decided: Tensor) -> None:
+        """Note in training which share of each input [N] is left open."""
+        self.opened, self.share = decided, decided.mean()
+
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"opened": None}  # it belongs to one backward pass and can't be copied
+        return self.__dict__ | {"opened": None, "share": float(self.share)}  # they belong to one pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,17 +105,14 @@ class BudgetConfig(MethodConfig, ABC):
 
     Attributes:
         target: executed MACs over dense MACs, the mean of inputs, gates included, in (0, 1].
-        weight: of the budget's loss term.
-        knee: a score s counts as (1 + knee) s / (s + knee), above 0: the smaller, the more low scores are pushed to 0
-            rather than high ones below 1.
-        relax: share of training in [0, 1] over which the target descends and gates are held open.
+        rate: of the price, for each step and unit of the cost above the goal.
+        relax: share of training in [0, 1] over which the goal descends and blocks are held open.
         max_overhead: a gate is placed only if its MACs are at most this share of what it can skip by itself.
     """
 
     target: float = 0.5
-    weight: float = 50.0
+    rate: float = 0.1
     relax: float = 1 / 3
-    knee: float = 0.5
     max_overhead: float = 0.5
 
     def __post_init__(self) -> None:
@@ -115,10 +120,8 @@ class BudgetConfig(MethodConfig, ABC):
             raise ThriftyError(f"{self.name} target is {self.target!r}, but must be a share of MACs in (0, 1].")
         if not 0 <= self.relax <= 1:
             raise ThriftyError(f"{self.name} relax is {self.relax!r}, but must be a share of training in [0, 1].")
-        if self.knee <= 0:
-            raise ThriftyError(f"{self.name} knee is {self.knee!r}, but must be above 0.")
-        if self.weight < 0 or self.max_overhead < 0:
-            raise ThriftyError(f"{self.name} weight and max_overhead must not be negative.")
+        if self.rate < 0 or self.max_overhead < 0:
+            raise ThriftyError(f"{self.name} rate and max_overhead must not be negative.")
 
     def measure(self, model: Dynamic, example: Tensor) -> None:
         """Measure how MACs depend on each gate."""
@@ -136,32 +139,39 @@ class BudgetConfig(MethodConfig, ABC):
             set_budget(model, self.target, x)
 
     def regularization(self, model: Dynamic) -> Tensor:
-        """The budget's loss term (see the module's text) for the latest forward pass in training mode."""
+        """Zero; moves the price by what the latest forward pass in training mode cost; `advance` charges it."""
         gates = list(budgeted(model).values())
         reached = [gate.opened for gate in gates if gate.opened is not None]
         costs = gates[0].costs if gates else None
         if not reached or costs is None:
             return torch.zeros(())
-        whole = torch.ones_like(reached[0][1])  # of gates that training does not reach
-        opened = [gate.opened or (whole, whole) for gate in gates]
-        scores, decided = (torch.stack([pair[i] for pair in opened], 1) for i in (0, 1))
-        goal, floor, hard = self.bounds_at(costs.progress)
-        shares = scores + hard * (decided - scores).detach()
-        excess = costs.ratio(shares).mean() - goal
-        lacking = torch.relu(floor - shares.mean(0))
-        return self.weight * (excess.square() + lacking.square().mean())
+        whole = torch.ones_like(reached[0])  # of gates that training does not reach
+        shares = torch.stack([whole if gate.opened is None else gate.opened for gate in gates], 1)
+        excess = costs.ratio(shares).mean() - self.goal_at(costs.progress)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(excess)
+            excess = excess / torch.distributed.get_world_size()
+        price = max(0.0, float(gates[0].price) + self.rate * float(excess))
+        for gate in gates:
+            gate.price.fill_(price)
+            gate.opened = None
+        return torch.zeros(())
 
-    def bounds_at(self, progress: float) -> tuple[float, float, float]:
-        """Goal of the MAC ratio, floor of each gate's share, and the share in which decisions count."""
-        done = min(1.0, progress / self.relax) if self.relax else 1.0
-        goal = 1 + (self.target - 1) * done
-        return goal, max(LEAST_SHARE, goal * (1 - done)), done
+    def _relaxed(self, progress: float) -> float:
+        return min(1.0, progress / self.relax) if self.relax else 1.0
+
+    def goal_at(self, progress: float) -> float:
+        """Executed over dense MACs that are aimed at when the share `progress` in [0, 1] of training is done."""
+        return 1 + (self.target - 1) * self._relaxed(progress)
 
     def advance(self, model: Dynamic, progress: float) -> None:
-        """Put the objective's bounds where they are when the share `progress` in [0, 1] of training is done."""
+        """Put the goal where it is when the share `progress` in [0, 1] of training is done, and charge the price."""
+        done = self._relaxed(progress)
         for gate in budgeted(model).values():
             if gate.costs is not None:
                 gate.costs.progress = progress
+            # Not when the price moves: the backward pass that follows then still needs what was charged.
+            gate.charged.copy_(gate.price * (done if isinstance(gate, LayerGate) else 1))
 
     def set_density(self, model: Dynamic, density: float | Mapping[str, float]) -> None:
         """There is no density to set: gates decide by scores.
@@ -173,8 +183,8 @@ class BudgetConfig(MethodConfig, ABC):
 
     def density_of(self, model: Dynamic) -> float:
         """Share of channels and layers that were open for the latest batch in training, mean over gates; 1 before."""
-        shares = [gate.opened[1].mean() for gate in budgeted(model).values() if gate.opened is not None]
-        return torch.stack(shares).mean().item() if shares else 1.0
+        shares = [float(gate.share) for gate in budgeted(model).values()]
+        return sum(shares) / len(shares) if shares else 1.0
 
     def gate_layers(
         self,

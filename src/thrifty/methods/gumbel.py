@@ -10,7 +10,8 @@ taken. A block that runs is not scaled.
 Differs from the papers in
 - the network behind a gate: global average pool and one linear unit, as in L-Net. For two choices one logit is
   enough, with logistic noise.
-- the objective, which is LC-Net's, see `thrifty.methods.budget`; ConvNet-AIG aims at a rate of execution per layer.
+- how the budget is met, by LC-Net's price, see `thrifty.methods.budget`; ConvNet-AIG aims at a rate of execution per
+  layer.
 - the start: weights 0 and a logit of `START`, so that evaluation gives the dense model's function.
 """
 
@@ -84,6 +85,7 @@ class SampledLayer(Budgeted, LayerGate):
         nn.init.zeros_(self.predictor.weight)
         nn.init.constant_(self.predictor.bias, START)
         self.register_buffer("threshold", torch.tensor(0.0))
+        self.make_free()
         self.temperature = temperature
 
     def weight(self) -> Tensor:
@@ -92,7 +94,7 @@ class SampledLayer(Budgeted, LayerGate):
 
     def forward(self, x: Tensor) -> Pair:
         logits = nn.functional.linear(x.mean((2, 3)), self.weight(), self.predictor.bias)[:, 0]
-        logits = logits - torch.log1p(self.threshold) + torch.log1p(-self.threshold)
+        logits = logits - self.charged - torch.log1p(self.threshold) + torch.log1p(-self.threshold)
         if not self.training:
             decided = logits > 0
             return decided.to(x.dtype), decided
@@ -100,7 +102,7 @@ class SampledLayer(Budgeted, LayerGate):
         relaxed = torch.sigmoid((logits + torch.log(uniform) - torch.log1p(-uniform)) / self.temperature)
         decided = relaxed.detach() > 0.5
         hard = decided.to(relaxed.dtype)
-        self.opened = (relaxed, hard)
+        self.open(hard.detach())
         return hard + (relaxed - relaxed.detach()), decided
 
     def overhead(self, shape: torch.Size) -> int:
@@ -109,6 +111,6 @@ class SampledLayer(Budgeted, LayerGate):
 
     def lower(self, shape: tuple[int, int, int]) -> LoweredGate:
         """The gate as programs have it: a score of 1 + logit clipped to [0, 1], which counts where it is 1."""
-        shift = torch.log1p(-self.threshold) - torch.log1p(self.threshold)
+        shift = torch.log1p(-self.threshold) - torch.log1p(self.threshold) - self.charged
         weights = {"weight": self.weight(), "bias": self.predictor.bias + 1 + shift}
         return LoweredGate("layer_gate", {"threshold": ALMOST_ONE}, weights)

@@ -9,12 +9,12 @@ filter of score 0 is skipped, the maps of the others are multiplied by their sco
 is a method of the paper by itself.
 
 The paper's loss, coefficients, schedule and start were not at hand; these are this project's own:
-- the start: weights 0, biases 1, hence scores of exactly 1 and the dense model's function.
-- the objective, see `thrifty.methods.budget`.
-- the gradient at the clip: where a score's linear value is outside of [0, 1], the gradient passes, times `leak`, if it
-  pushes the value back inside, and is dropped if not. So no gate stays closed because it gets no gradient.
-  An input's derivative by a score is bounded by `STEEPEST`, and the scores of C channels, each of which matters less
-  than a block's one, learn by C ** `PACE` times their gradient.
+- the start: weights 0, and biases of 1 and a margin, hence scores of exactly 1 and the dense model's function. Margins
+  of a layer's channels lie evenly in (0, `SPREAD`), in the order of the size of their normalisation's scales (of the
+  filters where there are none), a block's is `BLOCK_MARGIN`: what matters least is the first that a price reaches.
+- how the budget is met: by a price that lowers all scores, see `thrifty.methods.budget`.
+- the gradient at the clip: under 0 it passes, times `leak`, where it pushes the score up, so that no gate stays closed
+  for want of one; above 1 there is none. An input's derivative by a score is bounded by `STEEPEST`.
 - a threshold, 0 at first, under which scores count as 0; it is set after training by `set_budget`.
 
 Differs from the paper in
@@ -43,8 +43,11 @@ if TYPE_CHECKING:
     from thrifty.dynamic import Dynamic
 
 
-PACE = 0.25
-"""Found on small tasks: at 0 channels hardly move before blocks close, at 1 they close in masses."""
+SPREAD = 4.0
+"""Of the margins of a layer's channels above 1: a fourth of them is on the way from 1 to 0 at a time."""
+
+BLOCK_MARGIN = 2.5
+"""Margin of a block's score above 1 at first."""
 
 STEEPEST = 1.0
 """Largest derivative of an input's loss by a score. Behind a normalisation of maps that are zero it has no bound."""
@@ -57,7 +60,7 @@ class LCNet(BudgetConfig):
     Attributes:
         layers: L-Net, a gate on every residual block.
         channels: C-Net, a gate on a convolution of every residual block, or on all where there are no blocks.
-        leak: factor of the gradient where a score's linear value is outside of [0, 1].
+        leak: factor of the gradient that opens a gate whose score's linear value is under 0.
         threshold: scores up to it count as 0, in [0, 1).
     """
 
@@ -66,7 +69,7 @@ class LCNet(BudgetConfig):
 
     layers: bool = True
     channels: bool = True
-    leak: float = 1.0
+    leak: float = 0.1
     threshold: float = 0.0
 
     def __post_init__(self) -> None:
@@ -85,7 +88,7 @@ class LCNet(BudgetConfig):
         for site in sites:
             if not refused[site.name]:
                 conv: Any = site.conv
-                gate = ScoredChannels(conv.in_channels, conv.out_channels, self)
+                gate = ScoredChannels(conv.in_channels, _margins(model, site), self)
                 gate_outputs(model, site, gate)
         layers = self.gate_layers(model, sites, blocks if self.layers else (), self._layer_gate)
         places = []
@@ -122,26 +125,21 @@ class LCNet(BudgetConfig):
 
 
 class _Clip(torch.autograd.Function):
-    """Values clipped to [0, 1], and zero where they are not above a threshold.
-
-    The gradient, bounded and times `pace`, passes inside of [0, 1]; outside it is times `leak`, and dropped where a
-    step down it would lead farther out.
-    """
+    """Values clipped to [0, 1], zero where they are not above a threshold; the module's text tells the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, threshold: Tensor, leak: float, pace: float) -> Tensor:
+    def forward(ctx: Any, z: Tensor, threshold: Tensor, leak: float) -> Tensor:
         ctx.save_for_backward(z)
-        ctx.leak, ctx.pace = leak, pace
+        ctx.leak = leak
         return _scores(z, threshold)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (z,) = ctx.saved_tensors
         bound = STEEPEST / len(z)
-        gradient = gradients[0].clamp(-bound, bound) * ctx.pace
-        above = gradient.clamp(min=0) * ctx.leak
+        gradient = gradients[0].clamp(-bound, bound)
         below = gradient.clamp(max=0) * ctx.leak
-        return torch.where(z > 1, above, torch.where(z < 0, below, gradient)), None, None, None
+        return torch.where(z > 1, torch.zeros_like(z), torch.where(z < 0, below, gradient)), None, None
 
 
 def _scores(z: Tensor, threshold: Tensor) -> Tensor:
@@ -155,13 +153,14 @@ class _Scored(Budgeted, Predictor):
     CENTRE = 0.5
     threshold: Tensor
 
-    def _prepare(self, inputs: int, outputs: int, method: LCNet) -> None:
-        self.predictor = nn.Linear(inputs, outputs)
+    def _prepare(self, inputs: int, margins: Tensor, method: LCNet) -> None:
+        self.predictor = nn.Linear(inputs, len(margins))
         nn.init.zeros_(self.predictor.weight)
-        nn.init.ones_(self.predictor.bias)
+        with torch.no_grad():
+            self.predictor.bias.copy_(1 + margins)
         self.register_buffer("threshold", torch.tensor(float(method.threshold)))
-        self.leak, self.knee = method.leak, method.knee
-        self.pace = outputs**PACE
+        self.make_free()
+        self.leak = method.leak
 
     def weight(self) -> Tensor:
         """W, [outputs, C]: what is learned over the root of C, so that a step moves scores alike whatever C is."""
@@ -169,14 +168,13 @@ class _Scored(Budgeted, Predictor):
 
     def scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [N, outputs], 0 where they are not above the threshold, and where they are."""
-        z = nn.functional.linear(self.features(x), self.weight(), self.predictor.bias)
+        z = nn.functional.linear(self.features(x), self.weight(), self.predictor.bias) - self.charged
         if not self.training:
             scores = _scores(z, self.threshold)
             return scores, scores > 0
-        scores = _Clip.apply(z, self.threshold, self.leak, self.pace)
+        scores = _Clip.apply(z, self.threshold, self.leak)
         decided = scores.detach() > 0
-        counted = (1 + self.knee) * scores / (scores + self.knee)
-        self.opened = (counted.mean(1), decided.to(scores.dtype).mean(1))
+        self.open(decided.to(scores.dtype).mean(1))
         return scores, decided
 
     def features(self, x: Tensor) -> Tensor:
@@ -187,7 +185,7 @@ class _Scored(Budgeted, Predictor):
     def predict(self, weight: Tensor, bias: Tensor) -> None:
         """Take weight [outputs, C] as W and bias [outputs] as b."""
         self.predictor.weight.copy_(weight * self.predictor.in_features**0.5)
-        self.predictor.bias.copy_(bias)
+        self.predictor.bias.copy_(bias + self.charged)
 
     def overhead(self, shape: torch.Size) -> int:
         """One MAC for each element that is pooled and one for each weight."""
@@ -195,7 +193,7 @@ class _Scored(Budgeted, Predictor):
 
     def lower(self, shape: tuple[int, int, int]) -> LoweredGate:
         """The gate as programs have it: clipped linear scores of means, and a threshold."""
-        weights = {"weight": self.weight(), "bias": self.predictor.bias}
+        weights = {"weight": self.weight(), "bias": self.predictor.bias - self.charged}
         return LoweredGate(self.KIND, {"threshold": float(self.threshold)}, weights)
 
     KIND: ClassVar[str]
@@ -206,9 +204,9 @@ class ScoredChannels(_Scored, ChannelGate):
 
     KIND = "clip"
 
-    def __init__(self, inputs: int, channels: int, method: LCNet) -> None:
-        super().__init__(channels)
-        self._prepare(inputs, channels, method)
+    def __init__(self, inputs: int, margins: Tensor, method: LCNet) -> None:
+        super().__init__(len(margins))
+        self._prepare(inputs, margins, method)
 
     def forward(self, x: Tensor) -> Pair:
         return self.scores(x)
@@ -221,7 +219,7 @@ class ScoredLayer(_Scored, LayerGate):
 
     def __init__(self, block: Block, inputs: int, method: LCNet) -> None:
         super().__init__(block.name, block.members)
-        self._prepare(inputs, 1, method)
+        self._prepare(inputs, torch.tensor([BLOCK_MARGIN]), method)
 
     def forward(self, x: Tensor) -> Pair:
         scores, decided = self.scores(x)
@@ -233,6 +231,16 @@ def _inner(block: Block, sites: tuple[ConvSite, ...]) -> str:
     convs: list[Any] = [site for site in sites if site.name in block.members and site.conv is not None]
     wide = [site for site in convs if max(site.conv.kernel_size) > 1 and site.conv.groups < site.conv.in_channels]
     return (wide or convs)[0].name if convs else ""
+
+
+@torch.no_grad()
+def _margins(model: nn.Module, site: ConvSite) -> Tensor:
+    """How far above 1 the score of each output channel starts, by its rank among the others, [C]."""
+    conv: Any = site.conv
+    scale: Any = None if site.norm is None else getattr(model.get_submodule(site.norm), "weight", None)
+    sizes = conv.weight.flatten(1).norm(dim=1) if scale is None else scale.abs()
+    rank = torch.argsort(torch.argsort(sizes.detach().cpu(), stable=True))
+    return SPREAD * (rank + 0.5) / len(sizes)
 
 
 def _outputs(site: ConvSite) -> int:
