@@ -254,7 +254,7 @@ def test_the_price() -> None:
             assert float(gate.charged) == pytest.approx(price * (done if isinstance(gate, LayerGate) else 1), abs=1e-6)
         before = price
         dynamic.regularization()  # of no new pass
-        assert float(next(iter(gates.values())).price) == pytest.approx(before)
+        assert float(next(iter(gates.values())).price) == pytest.approx(before, abs=1e-6)
     assert dynamic.density == 1.0
     for gate in gates.values():
         gate.price.fill_(0.01)
