@@ -7,7 +7,6 @@ DATA holds test/<class>/*.jpg. Writes a CSV and, beside it, a plot (needs the ex
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from thrifty import AntiDote, convert
+from thrifty.cli.bench import write_csv
 from thrifty.cli.options import photographs
 from thrifty.data.loader import EvaluationLoader
 from thrifty.evaluation import evaluate
@@ -65,11 +65,7 @@ def main() -> None:
                 }
             )
             print(f"{training}, strength {strength}: {result.accuracy:.4f} at {rows[-1]['macs_share']:.3f} of the MACs")
-    beside = {**{key: str(value) for key, value in machine().items()}, **versions("torch")}
-    with replacing(arguments.output) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, [*rows[0], *beside], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, **beside} for row in rows)
+    write_csv(arguments.output, rows, {**machine(), **versions("torch")})
     _plot(rows, arguments.output.with_suffix(".png"))
 
 

@@ -16,7 +16,9 @@ from thrifty.zoo import Record
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-SPEED = ROOT / "benchmarks" / "results" / "engine.csv"
+RESULTS = ROOT / "benchmarks" / "results"
+SPEED = RESULTS / "engine.csv"
+OTHERS = {"AntiDote": RESULTS / "antidote.csv", "LC-Net": RESULTS / "lcnet.csv"}
 
 
 def accuracy_row(record: Record, beside: Record | None) -> str:
@@ -80,6 +82,35 @@ def speed() -> str:
     return "\n".join([*lines, "", note, ""])
 
 
+def others() -> str:
+    """Milliseconds at batch 1 of the methods that have settings of their own."""
+    lines = [
+        "| network, threads | fastest other engine, dense, ms | thrifty, dense, ms | method | MACs of dense | ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    machines = set()
+    for name, path in OTHERS.items():
+        with path.open(newline="", encoding="utf-8") as stream:
+            rows = [row for row in csv.DictReader(stream) if row["batch"] == "1"]
+        for row in rows:
+            machines.add(f"{row['CPU']}, {row['cores']} cores, {row['instructions']}")
+            if not row["method"]:
+                continue
+            same = [r for r in rows if (r["model"], r["threads"]) == (row["model"], row["threads"])]
+            fastest = next(r for r in same if r["engine"] == row["fastest"])
+            dense = next(r for r in same if r["engine"] == "thrifty" and not r["method"])
+            lines.append(
+                f"| {row['model']}, {row['image']} px, {row['threads']} | {_ms(fastest)} ({fastest['engine']}) | "
+                f"{_ms(dense)} | {name} | {float(row['mac_ratio']):.3f} | "
+                f"{_ms(row)}, {float(row['speed_up']):.2f}× ({float(row['efficiency']):.2f}) |"
+            )
+    note = (
+        "The same for AntiDote at its paper's ratios (ResNet-18: half of channels and columns) and for LC-Net with\n"
+        f"random gates at half of the MACs; measured by `make bench` on {'; '.join(sorted(machines))}."
+    )
+    return "\n".join([*lines, "", note, ""])
+
+
 def _ms(row: dict[str, str]) -> str:
     ms = float(row["ms"])
     return f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:.0f}"
@@ -96,7 +127,9 @@ def replaced(text: str, name: str, table: Callable[[], str]) -> str:
 def main() -> None:
     """Rewrite the parts of the README between the marks, or check them."""
     text = README.read_text(encoding="utf-8")
-    new = replaced(replaced(text, "results", accuracy), "speed", speed)
+    new = text
+    for name, table in (("results", accuracy), ("speed", speed), ("methods", others)):
+        new = replaced(new, name, table)
     if "--check" in sys.argv[1:]:
         if new != text:
             raise SystemExit("the README's tables are stale: run python scripts/readme_tables.py")
