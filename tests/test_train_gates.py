@@ -20,7 +20,7 @@ from thrifty.zoo.store import load_model
 
 HELD_OUT = {"validation": 0.2}
 METHODS = {
-    "lcnet": {"name": "lcnet", "target": 0.4, "max_overhead": 99.0, "relax": 0.0},
+    "lcnet": {"name": "lcnet", "target": 0.4, "max_overhead": 99.0, "relax": 0.0, "rate": 3.0},
     "gumbel": {"name": "gumbel", "target": 0.6, "max_overhead": 99.0},
 }
 

@@ -17,6 +17,7 @@ map active that several gates could leave, it is linear in each of them.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ from thrifty.strength import HIGHEST_THRESHOLD
 if TYPE_CHECKING:
     from thrifty.dynamic import Dynamic
     from thrifty.graph import ConvSite
+
+log = logging.getLogger(__name__)
 
 PROBE_VALUES = 8 * 3 * 224 * 224
 """Values of the inputs that are probed at a time."""
@@ -133,10 +136,16 @@ class BudgetConfig(MethodConfig, ABC):
             gate.costs = costs
 
     def finish(self, model: Dynamic, x: Tensor) -> None:
-        """Raise the threshold until x cost the target on average, should they cost more: evaluation is no batch."""
-        gates = budgeted(model)
-        if gates and len(x):
+        """Raise the threshold until x cost the target on average, should they cost more: evaluation is no batch.
+
+        A run too short to part scores has none that brings the cost down so far: that is logged, and all stays.
+        """
+        if not budgeted(model) or not len(x):
+            return
+        try:
             set_budget(model, self.target, x)
+        except ThriftyError as error:
+            log.warning("%s missed its target of %s: %s", self.name, self.target, error)
 
     def regularization(self, model: Dynamic) -> Tensor:
         """Zero; moves the price by what the latest forward pass in training mode cost; `advance` charges it."""
