@@ -223,11 +223,11 @@ def test_the_gradient_outside_can_only_open(z: float, gradient: float, passed: f
 
 
 def test_a_closed_gate_opens_again_where_the_budget_allows() -> None:
-    dynamic, _, x = small(target=1.0)
+    dynamic, _, x = small(target=1.0, rate=2.0)
     for gate in budgeted(dynamic).values():
         gate.price.fill_(4.1)
     dynamic.train()
-    for _ in range(300):
+    for _ in range(60):
         dynamic.method.advance(dynamic, 1.0)
         dynamic(x)
         dynamic.regularization()
