@@ -52,7 +52,8 @@ LEVELS = (
     {"train.optimiser", "train.build", "train.resume"},
     {"train.trainer", "train"},
     {""},
-    {"cli.output", "cli.options", "cli.sheet"},
+    {"cli.output", "cli.options"},
+    {"cli.sheet"},
     {
         "cli.demo",
         "cli.train",

@@ -35,6 +35,18 @@ def density_for(density: Density, name: str) -> float | None:
     return next((value for pattern, value in density.items() if fnmatchcase(name, pattern)), None)
 
 
+def densities_of(density: Density, names: Iterable[str]) -> dict[str, float]:
+    """The density of each of the gated layers `names` that it says one for.
+
+    Raises:
+        ThriftyError: a value is no density, or a pattern fits none of the layers.
+    """
+    names = tuple(names)
+    check_patterns(density, names)
+    found = {name: density_for(density, name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def check_patterns(density: Density, names: Iterable[str]) -> None:
     """Every value must be a density, and every pattern fit one of the gated layers `names`."""
     for value in density.values() if isinstance(density, Mapping) else (density,):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from thrifty._native import Engine as NativeEngine
 from thrifty.decision import Decision
-from thrifty.density import Density, check_patterns, density_for, kept
+from thrifty.density import Density, densities_of, density_for, kept
 from thrifty.errors import ThriftyError
 from thrifty.program import SETTINGS, Program, operator_tuples
 from thrifty.program_file import load_program, save_program
@@ -311,12 +311,7 @@ class Engine:
         if density is None:
             return []
         gates = self._with(what, *settings)
-        check_patterns(density, gates)
-        return [
-            (place, setting, share, self._size(place, setting))
-            for name, (place, setting) in gates.items()
-            if (share := density_for(density, name)) is not None
-        ]
+        return [(*gates[name], share, self._size(*gates[name])) for name, share in densities_of(density, gates).items()]
 
     def _size(self, place: int, setting: str) -> int:
         """Of how many channels or positions the gate keeps some."""

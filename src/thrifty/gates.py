@@ -38,6 +38,11 @@ def mean_magnitude(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, 1, (2, 3)) / x[0, 0].numel()
 
 
+def predictor_macs(shape: torch.Size, outputs: int) -> int:
+    """MACs of pooling a map of `shape` [C, H, W], one for each element, and of a predictor of `outputs` scores."""
+    return shape.numel() + shape[0] * outputs
+
+
 @dataclass(frozen=True)
 class LoweredGate:
     """A gate as operators of a program carry it.

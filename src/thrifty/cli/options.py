@@ -93,6 +93,19 @@ def settings_of(changes: Iterable[str]) -> dict[str, Any]:
     return settings
 
 
+def may_write(path: Path, software: str) -> bool:
+    """Whether nothing is at `path`, or a PNG in which `software` stands as what has made it."""
+    from PIL import Image  # noqa: PLC0415 (an extra)
+
+    if not path.exists():
+        return True
+    try:
+        with Image.open(path) as image:
+            return bool(image.info.get("Software") == software)
+    except (OSError, ValueError, SyntaxError):
+        return False
+
+
 def set_threads(threads: int | None) -> None:
     """Limit torch's CPU threads, and flush denormals, which trained gates drive weights to."""
     import torch  # noqa: PLC0415

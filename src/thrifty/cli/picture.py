@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from thrifty.cli.options import Density, Net, Threads, open_model, set_threads
+from thrifty.cli.options import Density, Net, Threads, may_write, open_model, set_threads
 from thrifty.cli.output import console, millions, percent
 from thrifty.errors import ThriftyError, require
 
@@ -42,9 +42,10 @@ def run(
     set_threads(threads)
     from thrifty.data.augment import normalise  # noqa: PLC0415 (needs torch)
     from thrifty.data.images import read_images  # noqa: PLC0415
-    from thrifty.report import draw, explain  # noqa: PLC0415
+    from thrifty.report import SOFTWARE, draw, explain  # noqa: PLC0415
 
-    _check_free(path)
+    if not may_write(path, SOFTWARE):
+        raise ThriftyError(f"{path} exists and is not a picture that thrifty show has drawn. Choose another --output.")
     opened, card = open_model(model, net, density)
     pixels = read_images([picture], card.size)
     explanation = explain(opened, normalise(pixels, card.mean, card.std))
@@ -54,20 +55,3 @@ def run(
     cost = f"{millions(explanation.macs)} MACs, {percent(share)} of dense"
     draw(explanation, pixels[0].numpy(), path, f"{picture.name}: {found}; {Path(model).stem}: {cost}", layers)
     console.print(f"{found}  {cost}  {path}", highlight=False, soft_wrap=True, markup=False)
-
-
-def _check_free(path: Path) -> None:
-    """The file must not be there, or be an earlier picture of this command's."""
-    from PIL import Image  # noqa: PLC0415 (an extra)
-
-    from thrifty.report import SOFTWARE  # noqa: PLC0415
-
-    if not path.exists():
-        return
-    try:
-        with Image.open(path) as image:
-            own = image.info.get("Software") == SOFTWARE
-    except (OSError, ValueError, SyntaxError):
-        own = False
-    if not own:
-        raise ThriftyError(f"{path} exists and is not a picture that thrifty show has drawn. Choose another --output.")

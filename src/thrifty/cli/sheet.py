@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from thrifty.cli.options import may_write
 from thrifty.errors import ThriftyError
 from thrifty.files import replacing
 
@@ -45,18 +46,9 @@ def check_free(path: Path) -> None:
     Raises:
         ThriftyError: the name doesn't end in .png, or there is something that is no earlier sheet.
     """
-    from PIL import Image  # noqa: PLC0415 (an extra)
-
     if path.suffix.lower() != ".png":
         raise ThriftyError(f"the report is {path}, but must end in .png.")
-    if not path.exists():
-        return
-    try:
-        with Image.open(path) as image:
-            own = image.info.get("Software") == SOFTWARE
-    except (OSError, ValueError, SyntaxError):
-        own = False
-    if not own:
+    if not may_write(path, SOFTWARE):
         raise ThriftyError(f"{path} exists and is no report of thrifty demo. Choose another --report.")
 
 
@@ -66,7 +58,7 @@ def draw(title: str, sections: Sequence[Section], path: Path) -> None:
     Raises:
         ThriftyError: the file cannot be written.
     """
-    from PIL import Image, ImageDraw  # noqa: PLC0415
+    from PIL import Image, ImageDraw  # noqa: PLC0415 (an extra)
     from PIL.PngImagePlugin import PngInfo  # noqa: PLC0415
 
     rows = [row for section in sections for row in section.rows]

@@ -17,7 +17,6 @@ Differs from the paper, of which no code is public, in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
@@ -26,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from thrifty.conversion import Place
-from thrifty.density import Density, check_density, check_patterns, density_for, kept
+from thrifty.density import Density, check_patterns, densities_of, density_for, kept
 from thrifty.errors import LoweringError, ThriftyError
 from thrifty.gates import InputGate, LoweredGate, MaskedConv, mean_magnitude, top_k_mask
 from thrifty.graph import ConvSite, replace_module
-from thrifty.methods.base import MethodConfig, sampled_strength
+from thrifty.methods.base import MethodConfig, on_the_way, sampled_strength
 
 if TYPE_CHECKING:
     from thrifty.dynamic import Dynamic
@@ -121,20 +120,14 @@ class AntiDote(MethodConfig):
     def set_density(self, model: Dynamic, density: Density) -> None:
         """Change the share of channels kept, 1 - ratio, of all layers or of those that a pattern fits; columns stay."""
         gates = _gates(model)
-        check_patterns(density, list(gates))
-        for name, gate in gates.items():
-            value = density_for(density, name)
-            if value is not None:
-                gate.set_ratios(channels=1 - check_density(value))
+        for name, value in densities_of(density, gates).items():
+            gates[name].set_ratios(channels=1 - value)
 
     def set_column_density(self, model: Dynamic, density: Density) -> None:
         """Change the share of columns kept, 1 - ratio, of all layers or of those that a pattern fits; channels stay."""
         gates = _gates(model)
-        check_patterns(density, list(gates))
-        for name, gate in gates.items():
-            value = density_for(density, name)
-            if value is not None:
-                gate.set_ratios(columns=1 - check_density(value))
+        for name, value in densities_of(density, gates).items():
+            gates[name].set_ratios(columns=1 - value)
 
     def density_of(self, model: Dynamic) -> float:
         """Mean share of the pruned maps that is kept, channels times columns; 1 where none is pruned."""
@@ -156,17 +149,9 @@ class AntiDote(MethodConfig):
 
     def ratio_at(self, progress: float, target: float) -> float:
         """Ratio on the way to `target` when the share `progress` in [0, 1] of training is done."""
-        first, last = self.ascent
-        if self.schedule == "none" or target <= self.start or progress >= last:
+        if self.schedule == "none" or target <= self.start:
             return target
-        if progress < first:
-            return self.start
-        share = (progress - first) / (last - first)
-        if self.schedule == "linear":
-            return self.start + (target - self.start) * share
-        steps = math.ceil((target - self.start) / self.step - 1e-9)
-        taken = min(steps, 1 + math.floor(share * steps))
-        return min(target, round(self.start + taken * self.step, 9))
+        return on_the_way(self.start, target, progress, self.schedule, self.step, self.ascent)
 
     def _refusal(self, site: ConvSite) -> str:
         if site.conv is None or site.unpruned:

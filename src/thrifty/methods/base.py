@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -27,6 +28,27 @@ def sampled_strength(progress: float) -> float:
     It depends on `progress` alone, so that a resumed run draws what the unbroken one does.
     """
     return min(1.0, max(0.0, 2 * random.Random(repr(progress)).random() - 0.5))
+
+
+def on_the_way(
+    start: float, target: float, progress: float, schedule: str, step: float, span: tuple[float, float]
+) -> float:
+    """A setting between `start` and `target`, in whichever direction, when the share `progress` of training is done.
+
+    It begins to move at the first share of `span` and is there at the last: by 'steps' of `step`, or 'linear'.
+    """
+    first, last = span
+    if progress < first:
+        return start
+    if progress >= last:
+        return target
+    share = (progress - first) / (last - first)
+    if schedule == "linear":
+        return start + (target - start) * share
+    steps = math.ceil(abs(target - start) / step - 1e-9)
+    taken = min(steps, 1 + math.floor(share * steps))
+    reached = round(start + math.copysign(taken * step, target - start), 9)
+    return max(target, reached) if target < start else min(target, reached)
 
 
 @dataclass(frozen=True, kw_only=True)

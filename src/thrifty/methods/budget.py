@@ -18,7 +18,7 @@ map active that several gates could leave, it is linear in each of them.
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from thrifty.budgets import set_budget
 from thrifty.conversion import Place
 from thrifty.dynamic import decisions, hooked
 from thrifty.errors import ThriftyError
-from thrifty.gates import Gate, LayerGate
+from thrifty.gates import Gate, LayerGate, predictor_macs
 from thrifty.macs import MacCount, count_macs
 from thrifty.methods.base import MethodConfig
 from thrifty.strength import HIGHEST_THRESHOLD
@@ -76,6 +76,7 @@ class Budgeted(Gate):
     """A gate that tells what it leaves open, and whose scores are lowered by what it is charged.
 
     Attributes:
+        threshold: raised after training to meet a budget, a scalar buffer.
         price: the same for all gates, a scalar buffer that travels with the weights.
         charged: of the price, a scalar buffer.
         opened: of the latest forward pass in training, [N]: the share that was decided on; None once it was counted.
@@ -83,14 +84,16 @@ class Budgeted(Gate):
         costs: of the whole model, shared by its gates.
     """
 
+    threshold: Tensor
     price: Tensor
     charged: Tensor
     opened: Tensor | None = None
     share: float | Tensor = 1.0
     costs: Costs | None = None
 
-    def make_free(self) -> None:
-        """Start with a price of 0."""
+    def prepare(self, threshold: float = 0.0) -> None:
+        """Start with a price of 0 and this threshold."""
+        self.register_buffer("threshold", torch.tensor(float(threshold)))
         self.register_buffer("price", torch.tensor(0.0))
         self.register_buffer("charged", torch.tensor(0.0))
 
@@ -211,7 +214,7 @@ class BudgetConfig(MethodConfig, ABC):
                 reason = f"the input of {block.entry} is not known"
             if not reason and not self.selects(block.name, _module(model, block)):
                 reason = "not selected by where="
-            if not reason and shape is not None and shape.numel() + shape[0] > self.max_overhead * macs:
+            if not reason and shape is not None and predictor_macs(shape, 1) > self.max_overhead * macs:
                 reason = "its gate would cost too large a share of its MACs"
             if not reason and shape is not None:
                 gate = make(block, shape[0])
@@ -227,9 +230,11 @@ class BudgetConfig(MethodConfig, ABC):
         """Put every gate's threshold there: at 0 gates decide as they learned to, at 1 almost none opens."""
         self.set_threshold(model, min(strength, HIGHEST_THRESHOLD))
 
-    @abstractmethod
     def set_threshold(self, model: Dynamic, threshold: float) -> None:
-        """Open from now on only what scores above `threshold` in [0, 1)."""
+        """Let every gate's threshold be that, in [0, 1), from now on; what it means is the method's."""
+        check_threshold(threshold)
+        for gate in budgeted(model).values():
+            gate.threshold.fill_(threshold)
 
 
 @dataclass(frozen=True)
@@ -256,6 +261,12 @@ def _module(model: nn.Module, block: Block) -> nn.Module:
     """The module of a block's name, or the first of its branch where there is none."""
     path = block.name if block.name in dict(model.named_modules()) else block.entry
     return model.get_submodule(path)
+
+
+def check_threshold(threshold: float) -> None:
+    """An error where a threshold is not in [0, 1)."""
+    if isinstance(threshold, bool) or not 0 <= threshold < 1:
+        raise ThriftyError(f"a threshold of scores must be in [0, 1), not {threshold!r}.")
 
 
 def budgeted(model: Dynamic) -> dict[str, Budgeted]:

@@ -20,7 +20,6 @@ Differs from the paper in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
@@ -29,11 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from thrifty.conversion import Place
-from thrifty.density import Density, check_density, check_patterns, density_for, kept
+from thrifty.density import Density, check_density, check_patterns, densities_of, density_for, kept
 from thrifty.errors import ThriftyError
-from thrifty.gates import ChannelGate, LoweredGate, Pair, Predictor, mean_magnitude, top_k_mask
+from thrifty.gates import ChannelGate, LoweredGate, Pair, Predictor, mean_magnitude, predictor_macs, top_k_mask
 from thrifty.graph import ConvSite, gate_outputs
-from thrifty.methods.base import MethodConfig, sampled_strength
+from thrifty.methods.base import MethodConfig, on_the_way, sampled_strength
 
 if TYPE_CHECKING:
     from thrifty.dynamic import Dynamic
@@ -111,11 +110,8 @@ class FBS(MethodConfig):
     def set_density(self, model: Dynamic, density: Density) -> None:
         """Change the density of all layers, or of those whose names a pattern fits; others keep theirs."""
         gates = _gates(model)
-        check_patterns(density, list(gates))
-        for name, gate in gates.items():
-            value = density_for(density, name)
-            if value is not None:
-                gate.set_density(value)
+        for name, value in densities_of(density, gates).items():
+            gates[name].set_density(value)
 
     def density_of(self, model: Dynamic) -> float:
         """Mean density over the gated layers, 1 where none is gated."""
@@ -142,24 +138,16 @@ class FBS(MethodConfig):
 
     def density_at(self, progress: float, target: float) -> float:
         """Density on the way to `target` when the share `progress` in [0, 1] of training is done."""
-        first, last = self.descent
         if self.schedule == "none" or self.start <= target:
             return target
-        if progress < first:
-            return self.start
-        share = 1.0 if progress >= last else (progress - first) / (last - first)
-        if self.schedule == "linear":
-            return self.start + (target - self.start) * share
-        steps = math.ceil((self.start - target) / self.step - 1e-9)
-        taken = min(steps, 1 + math.floor(share * steps))
-        return max(target, round(self.start - taken * self.step, 9))
+        return on_the_way(self.start, target, progress, self.schedule, self.step, self.descent)
 
     def _refusal(self, site: ConvSite) -> tuple[str, int]:
         if site.conv is None or site.blocked:
             return site.blocked, 0
         if not self.selects(site.name, site.conv):
             return "not selected by where=", 0
-        overhead = _overhead(site.input_shape, site.conv.out_channels)  # type: ignore[arg-type]
+        overhead = predictor_macs(site.input_shape, site.conv.out_channels)  # type: ignore[arg-type]
         if overhead > self.max_overhead * site.macs:
             return f"its gate would cost {overhead / site.macs:.0%} of its MACs", overhead
         return "", overhead
@@ -228,7 +216,7 @@ class FBSGate(ChannelGate, Predictor):
 
     def overhead(self, shape: torch.Size) -> int:
         """One MAC for each element that is pooled and one for each weight of phi."""
-        return _overhead(shape[1:], self.channels)
+        return predictor_macs(shape[1:], self.channels)
 
     def lower(self, shape: tuple[int, int, int]) -> LoweredGate:
         """The gate as programs have it: the winners of linear saliencies of mean magnitudes."""
@@ -248,10 +236,6 @@ class FBSGate(ChannelGate, Predictor):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"penalty": None}  # it belongs to one backward pass and can't be copied
-
-
-def _overhead(shape: torch.Size, channels: int) -> int:
-    return shape.numel() + shape[0] * channels
 
 
 def _gates(model: Dynamic) -> dict[str, FBSGate]:

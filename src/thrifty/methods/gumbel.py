@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from thrifty.blocks import Block, residual_blocks
 from thrifty.conversion import Place
 from thrifty.errors import ThriftyError
-from thrifty.gates import LayerGate, LoweredGate, Pair
+from thrifty.gates import LayerGate, LoweredGate, Pair, predictor_macs
 from thrifty.graph import ConvSite
-from thrifty.methods.budget import BudgetConfig, Budgeted, budgeted
+from thrifty.methods.budget import BudgetConfig, Budgeted
 
 if TYPE_CHECKING:
-    from thrifty.dynamic import Dynamic
+    pass
 
 START = 3.0
 """Logit of running at first: 95 % of the blocks run in training."""
@@ -68,24 +68,19 @@ class Gumbel(BudgetConfig):
             for site in sites
         )
 
-    def set_threshold(self, model: Dynamic, threshold: float) -> None:
-        """Run from now on only blocks whose probability is above (1 + threshold) / 2, for a threshold in [0, 1)."""
-        for gate in budgeted(model).values():
-            gate.threshold.fill_(threshold)  # type: ignore[operator, union-attr]
-
 
 class SampledLayer(Budgeted, LayerGate):
-    """Runs a block where the logit w mean(x) + b of maps x [N, C, H, W] is positive, or by a draw in training."""
+    """Runs a block where the logit w mean(x) + b of maps x [N, C, H, W] is positive, or by a draw in training.
 
-    threshold: Tensor
+    With a threshold it runs where its probability is above (1 + threshold) / 2.
+    """
 
     def __init__(self, block: Block, inputs: int, temperature: float) -> None:
         super().__init__(block.name, block.members)
         self.predictor = nn.Linear(inputs, 1)
         nn.init.zeros_(self.predictor.weight)
         nn.init.constant_(self.predictor.bias, START)
-        self.register_buffer("threshold", torch.tensor(0.0))
-        self.make_free()
+        self.prepare()
         self.temperature = temperature
 
     def weight(self) -> Tensor:
@@ -107,7 +102,7 @@ class SampledLayer(Budgeted, LayerGate):
 
     def overhead(self, shape: torch.Size) -> int:
         """One MAC for each element that is pooled and one for each weight."""
-        return shape[1:].numel() + shape[1]
+        return predictor_macs(shape[1:], 1)
 
     def lower(self, shape: tuple[int, int, int]) -> LoweredGate:
         """The gate as programs have it: a score of 1 + logit clipped to [0, 1], which counts where it is 1."""

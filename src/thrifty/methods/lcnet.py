@@ -35,12 +35,12 @@ from torch import Tensor, nn
 from thrifty.blocks import Block, residual_blocks
 from thrifty.conversion import Place
 from thrifty.errors import ThriftyError
-from thrifty.gates import ChannelGate, LayerGate, LoweredGate, Pair, Predictor
+from thrifty.gates import ChannelGate, LayerGate, LoweredGate, Pair, Predictor, predictor_macs
 from thrifty.graph import ConvSite, gate_outputs
-from thrifty.methods.budget import BudgetConfig, Budgeted, budgeted
+from thrifty.methods.budget import BudgetConfig, Budgeted, check_threshold
 
 if TYPE_CHECKING:
-    from thrifty.dynamic import Dynamic
+    pass
 
 
 SPREAD = 4.0
@@ -78,7 +78,7 @@ class LCNet(BudgetConfig):
             raise ThriftyError("LCNet without layers and without channels gates nothing. Set one of them.")
         if self.leak < 0:
             raise ThriftyError(f"LCNet leak is {self.leak!r}, but must not be negative.")
-        _check_threshold(self.threshold)
+        check_threshold(self.threshold)
 
     def place(self, model: nn.Module, sites: tuple[ConvSite, ...]) -> tuple[Place, ...]:
         """Gate every residual block and a convolution in each, where they can take it."""
@@ -96,18 +96,12 @@ class LCNet(BudgetConfig):
             own = refused[site.name]
             gated = not own or site.name in layers.skipped
             note = site.limit if not own else "" if gated else own
-            cost = 0 if own else _overhead(site.input_shape, _outputs(site))
+            cost = 0 if own else predictor_macs(site.input_shape, _outputs(site))
             places.append(layers.place(site, gated, note, cost))
         return tuple(places)
 
     def _layer_gate(self, block: Block, inputs: int) -> LayerGate:
         return ScoredLayer(block, inputs, self)
-
-    def set_threshold(self, model: Dynamic, threshold: float) -> None:
-        """Open from now on only what scores above `threshold` in [0, 1)."""
-        _check_threshold(threshold)
-        for gate in budgeted(model).values():
-            gate.threshold.fill_(threshold)  # type: ignore[operator, union-attr]
 
     def _refusal(self, site: ConvSite, inner: set[str]) -> str:
         if site.conv is None or site.blocked:
@@ -118,7 +112,7 @@ class LCNet(BudgetConfig):
             return "is not the convolution of a residual block that C-Net gates"
         if not self.selects(site.name, site.conv):
             return "not selected by where="
-        overhead = _overhead(site.input_shape, _outputs(site))
+        overhead = predictor_macs(site.input_shape, _outputs(site))
         if overhead > self.max_overhead * site.macs:
             return f"its gate would cost {overhead / site.macs:.0%} of its MACs"
         return ""
@@ -151,15 +145,13 @@ class _Scored(Budgeted, Predictor):
     """Scores clip(W mean(x) + b) in [0, 1] of maps x [N, C, H, W], with W = 0 and b = 1 at first."""
 
     CENTRE = 0.5
-    threshold: Tensor
 
     def _prepare(self, inputs: int, margins: Tensor, method: LCNet) -> None:
         self.predictor = nn.Linear(inputs, len(margins))
         nn.init.zeros_(self.predictor.weight)
         with torch.no_grad():
             self.predictor.bias.copy_(1 + margins)
-        self.register_buffer("threshold", torch.tensor(float(method.threshold)))
-        self.make_free()
+        self.prepare(method.threshold)
         self.leak = method.leak
 
     def weight(self) -> Tensor:
@@ -189,7 +181,7 @@ class _Scored(Budgeted, Predictor):
 
     def overhead(self, shape: torch.Size) -> int:
         """One MAC for each element that is pooled and one for each weight."""
-        return _overhead(shape[1:], self.predictor.out_features)
+        return predictor_macs(shape[1:], self.predictor.out_features)
 
     def lower(self, shape: tuple[int, int, int]) -> LoweredGate:
         """The gate as programs have it: clipped linear scores of means, and a threshold."""
@@ -246,12 +238,3 @@ def _margins(model: nn.Module, site: ConvSite) -> Tensor:
 def _outputs(site: ConvSite) -> int:
     conv: Any = site.conv
     return int(conv.out_channels)
-
-
-def _overhead(shape: torch.Size, outputs: int) -> int:
-    return shape.numel() + shape[0] * outputs
-
-
-def _check_threshold(threshold: float) -> None:
-    if isinstance(threshold, bool) or not 0 <= threshold < 1:
-        raise ThriftyError(f"a threshold of scores must be in [0, 1), not {threshold!r}.")
