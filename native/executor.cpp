@@ -217,7 +217,6 @@ void Engine::read_input(const Images& images, std::int64_t image, Context& conte
     const std::int64_t first = image * images.image;
     team.share_range(map.channels, 2.0 * map.pixels(), [&](int from, int to, float*) {
         for (int c = from; c < to; ++c) {
-            clear_halo(layout, map, c);
             for (int h = 0; h < map.height; ++h) {
                 const std::int64_t place = first + c * images.channel + h * images.row;
                 float* const row = map.channel(c) + h * map.row;
@@ -275,8 +274,10 @@ GateSettings Engine::settings(std::size_t place) const {
 void Engine::fill_memory(float value) {
     State& found = state();
     const std::scoped_lock lock(found.mutex);
-    for (auto& context : found.contexts)
+    for (auto& context : found.contexts) {
         for (Floats* floats : {&context->arena, &context->aside, &context->scratch}) std::fill_n(floats->data(), floats->size(), value);
+        plan_.clear_halos(context->arena.data());
+    }
     for (Floats& floats : found.scratch) std::fill_n(floats.data(), floats.size(), value);
 }
 

@@ -70,7 +70,50 @@ int64_t place(const std::vector<Life>& lives, const std::vector<int64_t>& sizes,
     return total;
 }
 
+// The same for all buffers, so that a halo is never part of another plane. Sizes of buffers with halos are multiples of
+// their plane, hence so are their offsets among buffers alike.
+int64_t place_by_halo(const std::vector<Layout>& buffers, const std::vector<Life>& lives, const std::vector<int64_t>& sizes,
+                      std::vector<int64_t>& offsets) {
+    const auto alike = [](const Layout& a, const Layout& b) {
+        if (!a.halo.any() || !b.halo.any()) return a.halo.any() == b.halo.any();
+        return a.halo == b.halo && a.shape.height == b.shape.height && a.shape.width == b.shape.width;
+    };
+    std::vector<bool> placed(buffers.size());
+    int64_t total = 0;
+    for (std::size_t first = 0; first < buffers.size(); ++first) {
+        if (placed[first]) continue;
+        std::vector<std::size_t> group;
+        std::vector<Life> group_lives;
+        std::vector<int64_t> group_sizes;
+        for (std::size_t b = first; b < buffers.size(); ++b) {
+            if (placed[b] || !alike(buffers[first], buffers[b])) continue;
+            placed[b] = true;
+            group.push_back(b), group_lives.push_back(lives[b]), group_sizes.push_back(sizes[b]);
+        }
+        std::vector<int64_t> group_offsets(group.size());
+        const int64_t size = place(group_lives, group_sizes, group_offsets);
+        for (std::size_t i = 0; i < group.size(); ++i) offsets[group[i]] = total + group_offsets[i];
+        total += size;
+    }
+    return total;
+}
+
 }  // namespace
+
+void Plan::clear_halos(float* arena) const {
+    const auto zero = [](float* from, std::ptrdiff_t count) { std::fill_n(from, count, 0.0f); };
+    for (const Layout& layout : buffers) {
+        const Padding& halo = layout.halo;
+        const Map map = layout.map(arena);
+        for (int c = 0; c < map.channels && halo.any(); ++c) {
+            float* const plane = map.channel(c);
+            zero(plane - halo.top * map.row - halo.left, halo.top * map.row + halo.left);
+            // The right of one row and the left of the next lie side by side.
+            for (int h = 0; h < map.height - 1; ++h) zero(plane + h * map.row + map.width, halo.left + halo.right);
+            zero(plane + (map.height - 1) * map.row + map.width, halo.right + halo.bottom * map.row);
+        }
+    }
+}
 
 Plan make_plan(const Program& program, const Limits& limits) {
     const std::size_t count = program.buffers.size();
@@ -111,6 +154,7 @@ Plan make_plan(const Program& program, const Limits& limits) {
             size > limits.memory / 4)
             throw std::invalid_argument("buffer " + std::to_string(b) + " with its padding takes more than the limit of " +
                                         std::to_string(limits.memory) + " bytes.");
+        if (halo.any()) layout.plane = rounded(layout.plane);  // so that planes lie over planes
         // Planes a power of two apart would share a few sets of the cache. Vectors stay dense.
         if (layout.plane % 256 == 0) layout.plane += line;
         sizes[b] = rounded(layout.plane * shape.channels);
@@ -120,7 +164,7 @@ Plan make_plan(const Program& program, const Limits& limits) {
     for (const Operator& op : program.operators)
         if (op.kind == Kind::concat || op.kind == Kind::gather)
             lists += 16 * int64_t{program.buffers[static_cast<std::size_t>(op.output)].channels};
-    const int64_t total = front + place(lives, sizes, offsets) + static_cast<int64_t>(read_ahead);
+    const int64_t total = front + place_by_halo(plan.buffers, lives, sizes, offsets) + static_cast<int64_t>(read_ahead);
     if (total > (limits.memory - lists) / 4)
         throw std::invalid_argument("the activations of one image take " + std::to_string(total * 4 + lists) +
                                     " bytes, more than the limit of " + std::to_string(limits.memory) + ".");

@@ -11,7 +11,7 @@ namespace thrifty {
 
 struct Layout {
     Shape shape;
-    Padding halo;              // zeros around each plane: what the convolutions that read it pad by
+    Padding halo;              // zeros around each plane: what the convolutions that read it pad by. No step writes it
     std::ptrdiff_t row = 0;    // floats from row to row
     std::ptrdiff_t plane = 0;  // floats from channel to channel
     std::ptrdiff_t offset = 0; // of channel 0, row 0, column 0 in the arena
@@ -23,13 +23,17 @@ struct Layout {
 };
 
 struct Plan {
+    // Writes the zeros of all halos, which stay as long as nothing but steps writes to the arena.
+    void clear_halos(float* arena) const;
+
     std::vector<Layout> buffers;
     std::size_t arena = 0;  // floats
     std::vector<int> all;      // 0, 1, 2 … as many as any buffer has channels
     std::vector<float> zeros;  // a row as wide as any buffer
 };
 
-// Lays buffers that are never needed at the same time over each other. Throws std::invalid_argument where the arena
+// Lays buffers that are never needed at the same time over each other, those with halos only where the halos lie over
+// each other too. Throws std::invalid_argument where the arena
 // would take more than limits.memory.
 Plan make_plan(const Program& program, const Limits& limits);
 

@@ -26,6 +26,7 @@ struct Padding {
     int top = 0, bottom = 0, left = 0, right = 0;
 
     bool any() const { return top || bottom || left || right; }
+    bool operator==(const Padding&) const = default;
 };
 
 enum class Kind : std::uint8_t {

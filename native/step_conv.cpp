@@ -41,7 +41,7 @@ public:
         if (op_.inputs.size() < 2) return;
         const std::uint8_t* const residual = active(call, 1);
         if (out().sparse) write_activity(call, [&](int c) { return residual[c]; });
-        write_channels(call, 2.0 * static_cast<double>(out().shape.pixels()), [&](int c, Plane y, float*) { pass(call, c, y); });
+        write_channels(call, 2.0 * static_cast<double>(out().shape.pixels()), [&](int c, Plane y, float*) { pass(call, c, 0, extent(out()), y); });
     }
 
 private:
@@ -110,29 +110,29 @@ private:
         return scale;
     }
 
-    // Calls use(task, scratch) for each task; besides, channels that are not computed but not zero either are filled,
-    // and the halo of all is cleared.
+    // Calls use(task, scratch) for each task; besides, channels that are not computed but not zero either are filled:
+    // rows of theirs by each task, about those that it computes of the others.
     template <class Use>
     void share(const Call& call, const Choice& choice, int tasks, const Use& use) const {
         const Channels written = out_list(call);
-        const bool others = written.count > choice.computed.count;
-        const int cleaners = others || out().halo.any() ? std::min(call.team.threads(), (written.count + 15) / 16) : 0;
         const Map y = out_map(call);
-        call.team.share(tasks + cleaners, [&](int task, float* scratch) {
-            if (task < tasks) return use(task, scratch);
-            const auto cut = [&](int t) { return static_cast<int>(std::int64_t{written.count} * t / cleaners); };
-            for (int i = cut(task - tasks); i < cut(task - tasks + 1); ++i) {
-                const int c = written.index[i];
-                clear_halo(out(), y, c);
-                if (others && !choice.is_computed[c]) pass(call, c, Plane{y.channel(c), y.row});
-            }
+        if (written.count == choice.computed.count) return call.team.share(tasks, use);
+        const int pieces = tasks ? tasks : call.team.threads();
+        call.team.share(pieces, [&](int task, float* scratch) {
+            if (tasks) use(task, scratch);
+            const auto cut = [&](int t) { return static_cast<int>(std::int64_t{y.height} * t / pieces); };
+            const int top = cut(task), rows = cut(task + 1) - top;
+            for (int i = 0; i < written.count && rows; ++i)
+                if (const int c = written.index[i]; !choice.is_computed[c])
+                    pass(call, c, top, {rows, y.width}, {y.channel(c) + top * y.row, y.row});
         });
     }
 
-    // A channel without its convolution: the activation of the residual, or of zero.
-    void pass(const Call& call, int c, Plane y) const {
-        const ConstPlane from = op_.inputs.size() == 2 ? plane(call, 1, c) : zeros();
-        kernels_.simple->affine(from, y, extent(out()), 1, 0, op_.activation, op_.slope);
+    // Rows of a channel without its convolution: the activation of the residual, or of zero.
+    void pass(const Call& call, int c, int top, Extent e, Plane y) const {
+        ConstPlane from = op_.inputs.size() == 2 ? plane(call, 1, c) : zeros();
+        from.data += top * from.row;
+        kernels_.simple->affine(from, y, e, 1, 0, op_.activation, op_.slope);
     }
 
     std::unique_ptr<ConvGate> gate_;

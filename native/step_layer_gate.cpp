@@ -24,9 +24,7 @@ public:
         const bool runs = forced ? *forced != 0 : static_cast<double>(score) > call.context.settings[place_].threshold;
         Activity& activity = call.context.activities[static_cast<std::size_t>(op_.output)];
         activity.fill(runs);
-        const Map y = out_map(call);
-        clear_halo(out(), y, 0);
-        *y.data = runs ? score : 0;
+        *out_map(call).data = runs ? score : 0;
         if (call.trace) {
             call.trace->gate_macs = in().shape.size() + in().shape.channels;
             call.trace->decisions[layer] = activity.mask();

@@ -44,10 +44,7 @@ public:
             k.activate(y + first, last - first, op_.activation, op_.slope);
         }, panels_ ? linear_panel : linear_block);
         if (to.plane != 1)
-            for (int o = 0; o < outputs; ++o) {
-                clear_halo(out(), to, o);
-                *to.channel(o) = y[o];
-            }
+            for (int o = 0; o < outputs; ++o) *to.channel(o) = y[o];
         if (call.trace) {
             std::int64_t read = list.count;
             if (runs_) {

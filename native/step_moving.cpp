@@ -92,10 +92,7 @@ public:
                         std::memcpy(to.channel(feature), row, static_cast<std::size_t>(from.width) * sizeof(float));
                         continue;
                     }
-                    for (int w = 0; w < from.width; ++w) {
-                        clear_halo(out(), to, feature + w);
-                        *to.channel(feature + w) = row[w];
-                    }
+                    for (int w = 0; w < from.width; ++w) *to.channel(feature + w) = row[w];
                 }
             }
         });

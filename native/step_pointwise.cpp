@@ -71,8 +71,6 @@ public:
         } else {
             call.team.share_range(x.height, 6 * channels * x.width, [&](int first, int last, float*) { norm(x, y, first, last); });
         }
-        call.team.share_range(x.channels, y.height + y.width,
-                              [&](int first, int last, float*) { for (int c = first; c < last; ++c) clear_halo(out(), y, c); });
     }
 };
 

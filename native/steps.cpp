@@ -1,7 +1,5 @@
 #include "steps.h"
 
-#include <cstring>
-
 namespace thrifty {
 
 Context::Context(const Plan& plan, const Needs& needs)
@@ -31,26 +29,6 @@ void Access::average(const Call& call, float (*sum)(ConstPlane, Extent), float* 
     call.team.share_range(read.count, pixels / 4, [&](int first, int last, float*) {
         for (int i = first; i < last; ++i) means[i] = sum({x.channel(read.index[i]), x.row}, extent(in())) / pixels;
     });
-}
-
-void clear_halo(const Layout& layout, const Map& map, int c) {
-    const Padding& halo = layout.halo;
-    if (!halo.any()) return;
-    float* const plane = map.channel(c);
-    const auto zero = [](float* from, std::ptrdiff_t count) {
-        std::memset(from, 0, static_cast<std::size_t>(count) * sizeof(float));
-    };
-    float* const start = plane - halo.top * map.row - halo.left;
-    zero(start, halo.top * map.row + halo.left);
-    // The right of one row and the left of the next lie side by side.
-    const int beside = halo.left + halo.right;
-    if (beside)
-        for (int h = 0; h < map.height - 1; ++h) {
-            float* const gap = plane + h * map.row + map.width;
-            for (int i = 0; i < beside; ++i) gap[i] = 0;
-        }
-    float* const end = plane + (map.height - 1) * map.row + map.width;
-    zero(end, halo.right + halo.bottom * map.row);
 }
 
 std::unique_ptr<Step> make_step(const Program& program, const Plan& plan, std::size_t place, const Kernels& kernels) {

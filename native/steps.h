@@ -19,9 +19,6 @@ struct Call {
     Marks forced{};                            // decisions that replace the gate's own, on the axes given
 };
 
-// Zeros around the plane of channel c.
-void clear_halo(const Layout& layout, const Map& map, int c);
-
 // The buffers of one operator, for those who work on them.
 class Access {
 public:
@@ -62,7 +59,7 @@ protected:
         return {map.channel(c), map.row};
     }
 
-    // Calls use(c, plane of c, scratch) for each active channel of the output, on any thread, with its halo cleared.
+    // Calls use(c, plane of c, scratch) for each active channel of the output, on any thread.
     // `cost`: of one channel, as in Team::share_range.
     template <class Use>
     void write_channels(const Call& call, double cost, const Use& use) const {
@@ -71,7 +68,6 @@ protected:
         call.team.share_range(list.count, cost, [&](int first, int last, float* scratch) {
             for (int i = first; i < last; ++i) {
                 const int c = list.index[i];
-                clear_halo(out(), map, c);
                 use(c, Plane{map.channel(c), map.row}, scratch);
             }
         });
