@@ -1,5 +1,6 @@
 #include "threads.h"
 
+#include <algorithm>
 #include <chrono>
 #include <mutex>
 
@@ -71,7 +72,7 @@ unsigned fork_generation() {
     return generation.load(std::memory_order_relaxed);
 }
 
-Pool::Pool(int threads) {
+Pool::Pool(int threads) : shares_(static_cast<std::size_t>(std::max(threads, 1))) {
     spin_ = static_cast<unsigned>(threads) <= std::thread::hardware_concurrency();  // else spinning takes work's place
     workers_.reserve(static_cast<std::size_t>(threads > 1 ? threads - 1 : 0));
     try {
@@ -102,7 +103,12 @@ void Pool::run(int tasks, Task task, void* data) {
     data_ = data;
     pending_.store(tasks, std::memory_order_relaxed);
     const std::uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
-    job_.store(std::uint64_t{epoch} << 32 | static_cast<std::uint32_t>(tasks), std::memory_order_release);
+    const int sharers = std::min(tasks, threads());
+    for (int worker = 0; worker < sharers; ++worker) {
+        const auto cut = [&](int w) { return static_cast<std::uint64_t>(std::int64_t{tasks} * w / sharers); };
+        shares_[static_cast<std::size_t>(worker)].left.store(
+            std::uint64_t{epoch} << 32 | cut(worker) << 16 | cut(worker + 1), std::memory_order_release);
+    }
     epoch_.store(epoch);
     if (sleepers_.load() > 0) epoch_.notify_all();
     work(epoch, 0);
@@ -113,18 +119,27 @@ void Pool::run(int tasks, Task task, void* data) {
     caller_sleeps_.store(false);
 }
 
-void Pool::work(std::uint32_t epoch, int worker) noexcept {
-    std::uint64_t job = job_.load(std::memory_order_acquire);
+int Pool::Share::take(std::uint32_t epoch, End end) noexcept {
+    std::uint64_t seen = left.load(std::memory_order_acquire);
     while (true) {
-        const int next = static_cast<int>(job >> 16 & 0xffff);
-        const int tasks = static_cast<int>(job & 0xffff);
-        if (static_cast<std::uint32_t>(job >> 32) != epoch || next >= tasks) return;
-        if (!job_.compare_exchange_weak(job, job + (1u << 16), std::memory_order_acq_rel, std::memory_order_acquire))
-            continue;
-        task_(data_, next, worker);
-        pending_.fetch_sub(1);
-        if (caller_sleeps_.load()) pending_.notify_one();
-        job = job_.load(std::memory_order_acquire);
+        const int first = static_cast<int>(seen >> 16 & 0xffff), last = static_cast<int>(seen & 0xffff);
+        if (static_cast<std::uint32_t>(seen >> 32) != epoch || first >= last) return -1;
+        const std::uint64_t rest = end == End::front ? seen + (1u << 16) : seen - 1;
+        if (left.compare_exchange_weak(seen, rest, std::memory_order_acq_rel, std::memory_order_acquire))
+            return end == End::front ? first : last - 1;
+    }
+}
+
+void Pool::work(std::uint32_t epoch, int worker) noexcept {
+    const std::size_t count = shares_.size();
+    for (std::size_t i = 0; i < count; ++i) {
+        Share& share = shares_[(static_cast<std::size_t>(worker) + i) % count];
+        const auto end = i == 0 ? Share::End::front : Share::End::back;
+        for (int task = share.take(epoch, end); task >= 0; task = share.take(epoch, end)) {
+            task_(data_, task, worker);
+            pending_.fetch_sub(1);
+            if (caller_sleeps_.load()) pending_.notify_one();
+        }
     }
 }
 

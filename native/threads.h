@@ -23,9 +23,10 @@ private:
 // A number that changes in a forked child: threads do not survive a fork, so their owner has to start new ones.
 unsigned fork_generation();
 
-// A fork-join pool. Workers take tasks from a shared counter, so a worker that the system does not schedule costs
-// nothing: the caller does its tasks. Workers spin for a moment after the last task, since a layer follows a layer
-// within microseconds, and then sleep.
+// A fork-join pool. Each worker begins with an equal share of neighbouring tasks, so that what tasks of the same place
+// have left in its cache layer after layer is found there; then it takes tasks off the ends of the others' shares. So a
+// worker that the system does not schedule costs nothing. Workers spin for a moment after the last task, since a layer
+// follows a layer within microseconds, and then sleep.
 class Pool {
 public:
     using Task = void (*)(void* data, int task, int worker) noexcept;
@@ -47,9 +48,18 @@ private:
     void work(std::uint32_t epoch, int worker) noexcept;
     void serve(int worker) noexcept;
 
-    // The job's number, the next task and the number of tasks in one word: a worker that comes late can't take a task
-    // of a job that it has not seen.
-    alignas(64) std::atomic<std::uint64_t> job_{0};
+    // What is left of a worker's share: the job's number, the next task and the end of the tasks in one word, so that a
+    // worker that comes late can't take a task of a job that it has not seen.
+    struct alignas(64) Share {
+        std::atomic<std::uint64_t> left{0};
+
+        enum class End { front, back };
+
+        // A task of job `epoch`, or -1.
+        int take(std::uint32_t epoch, End end) noexcept;
+    };
+
+    std::vector<Share> shares_;
     alignas(64) std::atomic<int> pending_{0};
     alignas(64) std::atomic<std::uint32_t> epoch_{0};
     std::atomic<int> sleepers_{0};

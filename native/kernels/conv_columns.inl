@@ -81,17 +81,6 @@ inline void transpose(V (&square)[lanes]) {
     }
 }
 
-// Writes the first `count` lanes, as store_part() does.
-inline void store_first(float* p, V v, int count) {
-#if THRIFTY_VECTOR == 16
-    if (count < lanes) {
-        _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), reinterpret_cast<__m512>(v));
-        return;
-    }
-#endif
-    store_part(p, v, count);
-}
-
 class ColumnsConvolution final : public ColumnConvolution {
 public:
     ColumnsConvolution(const ConvShape& shape, const float* weight, const float* bias)
@@ -150,12 +139,12 @@ public:
     int tasks(const ColumnCall& call, int threads) const override {
         if (threads == 1) return 1;
         const std::int64_t outputs = std::int64_t{shape_.out_height} * shape_.out_width * shape_.out_channels;
-        return tasks_for(macs(call) + 8 * outputs, threads);
+        return Cut::tasks(shape_.out_height, tasks_for(macs(call) + 8 * outputs, threads), threads, least_rows());
     }
 
     void run(const ColumnCall& call, int task, int tasks, const float* shared, float* scratch) const override {
         const Parts parts = parts_of(const_cast<float*>(shared));
-        const Cut cut(shape_.out_height, tasks, (least_pixels + shape_.out_width - 1) / shape_.out_width);
+        const Cut cut(shape_.out_height, tasks, least_rows());
         const Range rows = cut.columns(task, shape_.out_height);
         const Range tiles = cut.channels(task, tiles_ * shape_.groups);
         if (rows.empty()) return;
@@ -187,6 +176,8 @@ private:
     static constexpr std::size_t far_bytes = 256 << 10;
     static constexpr int block_pixels = 256;   // whose sums stay in the first cache
     static constexpr int least_pixels = 128;   // that are worth reading all weights of a task
+
+    int least_rows() const { return (least_pixels + shape_.out_width - 1) / shape_.out_width; }
 
     // What the tasks of a call share.
     struct Parts {
@@ -438,7 +429,7 @@ private:
         };
         for (int y = rows.first; y < rows.last; ++y, from += width, out += call.out.row) {
             for (int x = 0; x < whole; x += lanes) store(out + x, value(x));
-            if (whole < width) store_first(out + whole, value(whole), width - whole);
+            if (whole < width) store_part(out + whole, value(whole), width - whole);
             if (RESIDUAL) residual += call.residual.row;
         }
     }

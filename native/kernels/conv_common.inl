@@ -103,28 +103,60 @@ inline std::int64_t macs_of(const ConvShape& shape, const ConvCall& call) {
 
 inline constexpr int tasks_of_thread = 4;  // at most: a thread that the system holds up leaves its tasks to the others
 
-// How many tasks a call is worth.
+// How many tasks a call is worth: as many for every thread, if it is worth one for each.
 inline int tasks_for(std::int64_t macs, int threads) {
-    constexpr std::int64_t smallest = 1 << 18;  // MACs: some five microseconds
-    return threads == 1 ? 1 : static_cast<int>(std::clamp<std::int64_t>(macs / smallest, 1, tasks_of_thread * threads));
+    constexpr std::int64_t smallest = 1 << 17;  // MACs: some three microseconds
+    if (threads == 1) return 1;
+    const int worth = static_cast<int>(std::clamp<std::int64_t>(macs / smallest, 1, tasks_of_thread * threads));
+    return worth > threads ? worth / threads * threads : worth;
 }
 
 // The work is a rectangle, columns by output channels. Tasks share the columns; where there are few, channels too, but
 // no more than it takes to give every thread as much: what is made ready for a column is made by each of its tasks.
 struct Cut {
-    int across, down = 1;
+    int across, down;
 
-    Cut(int columns, int tasks, int least_columns) : across(std::clamp(columns / least_columns, 1, tasks)) {
-        const int threads = std::max(2, (tasks + tasks_of_thread - 1) / tasks_of_thread);
-        const auto even = [&] { return across * down % threads == 0 || across * down >= tasks_of_thread * threads; };
-        while (!even() && across * (down + 1) <= tasks) ++down;
+    // For a number of tasks that tasks() has given.
+    Cut(int columns, int tasks, int least_columns)
+        : across(std::clamp(columns / least_columns, 1, tasks)), down(tasks / across) {}
+
+    // At most `worth`, see tasks_for().
+    static int tasks(int columns, int worth, int threads, int least_columns) {
+        const int across = std::clamp(columns / least_columns, 1, worth);
+        int tasks = across;
+        while (tasks % threads && tasks < tasks_of_thread * threads && tasks + across <= worth) tasks += across;
+        return tasks;
     }
 
-    Range columns(int task, int count) const { return share(count, task % across, across); }
-    Range channels(int task, int count) const {
-        return task < across * down ? share(count, task / across, down) : Range{0, 0};
+    // Tasks that follow each other share columns, so that a thread which does them in a row leaves few.
+    Range columns(int task, int count) const {
+        return task < across * down ? share(count, task / down, across) : Range{0, 0};
     }
+    Range channels(int task, int count) const { return share(count, task % down, down); }
 };
+
+// Asks for what a task reads of other threads' rows, layer after layer the same: waited for one by one they would take
+// longer than all at once. `rows`: of the output that are the task's.
+inline void ask_for_rows(const ConvShape& shape, const ConvCall& call, const Cut& cut, Range rows) {
+    if (cut.across * cut.down == 1 || rows.empty()) return;
+    const int first = rows.first * shape.stride_height, last = rows.last * shape.stride_height;  // own, but for padding
+    const int top = std::max(first - shape.pad_top, 0);
+    const int bottom = std::min(last - shape.stride_height - shape.pad_top + reach_down(shape) + 1, shape.in_height);
+    for (int a = 0; a < call.active_in.count; ++a) {
+        const float* const plane = call.in.channel(call.active_in.index[a]);
+        const auto ask = [&](int from, int to) {
+            for (int y = from; y < to; ++y) {
+                for (int x = 0; x < shape.in_width; x += 16) __builtin_prefetch(plane + y * call.in.row + x);
+            }
+        };
+        if (cut.down > 1) {
+            ask(top, bottom);
+        } else {
+            ask(top, std::min(first, bottom));
+            ask(std::max(last, top), bottom);
+        }
+    }
+}
 
 // The activations that need more than a few instructions: a call, so that every tile stays small.
 __attribute__((noinline)) V activate_lanes(V x, Activation activation, float slope) {

@@ -20,7 +20,9 @@ public:
         return channel_floats() + tap_floats() + (strided() ? phase_floats() : 0);
     }
 
-    int tasks(const ConvCall& call, int threads) const override { return tasks_for(macs(call), threads); }
+    int tasks(const ConvCall& call, int threads) const override {
+        return Cut::tasks(Grid(*this, call).columns(), tasks_for(macs(call), threads), threads, least_columns);
+    }
 
     std::int64_t macs(const ConvCall& call) const override { return macs_of(shape_, call); }
 
@@ -31,6 +33,7 @@ public:
         const Cut cut(grid.columns(), tasks, least_columns);
         const Range columns = cut.columns(task, grid.columns());
         if (columns.empty()) return;
+        if (shape_.taps() > 1) ask_for_rows(shape_, call, cut, grid.rows_of(columns));
         each_group(shape_, call, [&](Channels in, Channels out) {
             const Range channels = cut.channels(task, out.count);
             if (channels.empty()) return;
@@ -57,6 +60,7 @@ private:
         }
 
         int columns() const { return rows * per_row; }
+        Range rows_of(Range columns) const { return {columns.first / per_row, (columns.last - 1) / per_row + 1}; }
     };
 
     bool strided() const { return shape_.stride_height > 1 || shape_.stride_width > 1; }

@@ -32,7 +32,7 @@ public:
             const int pixels = shape_.out_height * shape_.out_width;
             for (int o = mine.first; o < mine.last; o += rows_at_once) {
                 const int rows = std::min(rows_at_once, mine.last - o);
-                const Block block{stretches, count, values, value_row(), out.index + o};
+                const Block block{stretches, count, values, value_row(), out.index + o, mine.last - o - rows};
                 with_number<rows_at_once>(rows, [&](auto r) {
                     with_number<most_pixels>(pixels, [&](auto p) { run_rows<r.value, p.value>(call, block); });
                 });
@@ -50,6 +50,7 @@ private:
         const float* values;   // [pixels][value_row]: what lies under each weight, zero where the channel is not active
         int value_row;
         const int* out;
+        int next;              // outputs that follow those of the block
     };
 
     int row_weights() const { return shape_.in_per_group() * shape_.taps(); }
@@ -87,8 +88,11 @@ private:
 
     template <int ROWS, int PIXELS>
     void run_rows(const ConvCall& call, const Block& block) const {
-        const float* weight[ROWS];
-        for (int r = 0; r < ROWS; ++r) weight[r] = weight_ + std::ptrdiff_t{block.out[r]} * row_weights();
+        const float *weight[ROWS], *next[ROWS];  // the next rows are fetched meanwhile
+        for (int r = 0; r < ROWS; ++r) {
+            weight[r] = weight_ + std::ptrdiff_t{block.out[r]} * row_weights();
+            next[r] = weight_ + std::ptrdiff_t{block.out[r < block.next ? ROWS + r : r]} * row_weights();
+        }
         V sum[ROWS][PIXELS] = {};
         for (int s = 0; s < block.stretches; ++s) {
             const Range stretch = block.stretch[s];
@@ -96,7 +100,10 @@ private:
             for (; k + lanes <= stretch.last; k += lanes) {
                 V w[ROWS];
 #pragma GCC unroll 4
-                for (int r = 0; r < ROWS; ++r) w[r] = load(weight[r] + k);
+                for (int r = 0; r < ROWS; ++r) {
+                    w[r] = load(weight[r] + k);
+                    __builtin_prefetch(next[r] + k, 0, 2);
+                }
                 add_products(w, block, k, sum);
             }
             if (k < stretch.last) {

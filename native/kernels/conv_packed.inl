@@ -14,10 +14,13 @@ public:
         : shape_(shape), weight_(weight), bias_(bias) {}
 
     std::size_t scratch() const override {
-        return place_floats() + weight_floats() + std::size_t(most_panels) * panel * most_pairs() + max_rows * sum_row;
+        return place_floats() + weight_floats() + std::size_t(most_panels) * panel * most_pairs() + lanes + max_rows * sum_row;
     }
 
-    int tasks(const ConvCall& call, int threads) const override { return tasks_for(macs(call), threads); }
+    int tasks(const ConvCall& call, int threads) const override {
+        const int panels = panels_of(shape_.out_height * shape_.out_width);
+        return Cut::tasks(panels, tasks_for(macs(call), threads), threads, 1);
+    }
     std::int64_t macs(const ConvCall& call) const override { return macs_of(shape_, call); }
     const char* kernel() const override { return "packed"; }
 
@@ -25,6 +28,9 @@ public:
         const int pixels = shape_.out_height * shape_.out_width, panels = panels_of(pixels);
         const Cut cut(panels, tasks, 1);
         const Range part = cut.columns(task, panels);
+        if (part.empty()) return;
+        ask_for_rows(shape_, call, cut, {part.first * panel / shape_.out_width,
+                                         (std::min(part.last * panel, pixels) - 1) / shape_.out_width + 1});
         each_group(shape_, call, [&](Channels in, Channels out) {
             const Range channels = cut.channels(task, out.count);
             if (channels.empty()) return;
@@ -39,7 +45,7 @@ public:
 
 private:
     static constexpr int most_panels = 6;                        // in a block
-    static constexpr int values_budget = 6 << 10;                // floats of packed values in the first cache
+    static constexpr int values_budget = 48 << 10;                // floats of packed values in the first cache
     static constexpr int sum_row = most_panels * panel + lanes;  // sums are read past the last pixel
 
     static int block_of(int pairs) { return std::clamp(values_budget / (panel * std::max(pairs, 1)), 1, most_panels); }
@@ -52,11 +58,11 @@ private:
         auto* const place = reinterpret_cast<std::ptrdiff_t*>(scratch);
         auto* const weight = reinterpret_cast<int*>(scratch + place_floats());
         float* const values = scratch + place_floats() + weight_floats();
-        float* const sums = values + std::ptrdiff_t{most_panels} * panel * most_pairs();
+        float* const sums = values + std::ptrdiff_t{most_panels} * panel * most_pairs() + lanes;
         const int number = pixels.last - pixels.first;
         const std::ptrdiff_t panel_step = std::ptrdiff_t{in.count} * shape_.taps() * panel;
         pack(call, in, pixels, place, weight, values, panel_step);
-        const Product product{{place, weight, in.count * shape_.taps()}, values, 0, panel_step, 0, 1, number, sums, sum_row};
+        const Product product{{place, weight, in.count * shape_.taps()}, values, 0, panel_step, 0, 1, number, sums, sum_row, most_pairs()};
         product.run(out, [&](int o) { return weight_ + std::ptrdiff_t{o} * most_pairs(); },
                     [&](int o, const float* sum) { write_channel(call, o, pixels, sum); });
     }
@@ -88,15 +94,18 @@ private:
         }
     }
 
+    // Writes up to a vector more than the panel's row, where what belongs there is written later.
     void pack_panel(const ConvCall& call, Range pixels, const float* tap, float* to) const {
         const std::ptrdiff_t row = call.in.row * shape_.stride_height;
         each_stretch(pixels, shape_.out_width, [&](int y, int x, int number, int at) {
             const float* const from = tap + y * row + x * shape_.stride_width;
-            if (number == panel && shape_.stride_width == 1) {
-                for (int c = 0; c < panel_columns; ++c) store(to + c * lanes, load(from + c * lanes));
-                return;
+            if (shape_.stride_width == 1) {
+                for (int p = 0; p < number; p += lanes) store(to + at + p, load(from + p));
+            } else if (shape_.stride_width == 2) {
+                for (int p = 0; p < number; p += lanes) store(to + at + p, evens(load(from + 2 * p), load(from + 2 * p + lanes)));
+            } else {
+                for (int p = 0; p < number; ++p) to[at + p] = from[p * shape_.stride_width];
             }
-            for (int p = 0; p < number; ++p) to[at + p] = from[p * shape_.stride_width];
         });
     }
 

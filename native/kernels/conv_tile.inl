@@ -27,9 +27,14 @@ struct Row {
 
 inline constexpr int max_rows = 6, max_columns = 4;
 
-template <int ROWS, int COLUMNS, int RUN>
+// What is done beside each of the products: nothing, for one.
+struct Nothing {
+    void operator()() const {}
+};
+
+template <int ROWS, int COLUMNS, int RUN, class Beside = Nothing>
 __attribute__((always_inline)) inline void accumulate(const Sources& s, const Row* row, const Column* column,
-                                                      V (&sum)[ROWS][COLUMNS]) {
+                                                      V (&sum)[ROWS][COLUMNS], Beside&& beside = {}) {
     const float* in[COLUMNS];
     const float* weight[ROWS];
     for (int c = 0; c < COLUMNS; ++c) in[c] = column[c].in;
@@ -37,6 +42,7 @@ __attribute__((always_inline)) inline void accumulate(const Sources& s, const Ro
     const std::ptrdiff_t* const run = s.run;
     const int count = s.count, runs = s.runs;
     for (int a = 0; a < count; ++a) {
+        beside();
         const std::ptrdiff_t x = s.channel[a];
         std::ptrdiff_t w = s.weight[a];
         for (int n = 0; n < (RUN > 0 ? runs : 1); ++n, w += RUN) {
@@ -100,11 +106,27 @@ struct Pairs {
     int count;
 };
 
+// Weights that come next, fetched line by line beside the products before: a large layer waits for its weights otherwise,
+// as the processor foresees neither the next rows nor the gaps in them.
+struct Ahead {
+    const float* const* row;
+    int rows;
+    std::ptrdiff_t length;
+    std::ptrdiff_t at = 0;
+
+    void operator()() {
+        if (rows == 0) return;
+        __builtin_prefetch(*row + at, 0, 2);
+        if ((at += 16) < length) return;
+        at = 0, ++row, --rows;
+    }
+};
+
 // `steps` products of the same form, whose weights lie `weight_step` apart, values `value_step`, and sums `sum_row`
 // floats for each row and step: sum[r][step][value].
 template <int ROWS, int COLUMNS>
 void tile_sums(Pairs pairs, const float* const* weight, std::ptrdiff_t weight_step, const float* value,
-               std::ptrdiff_t value_step, int steps, float* sums, int sum_row) {
+               std::ptrdiff_t value_step, int steps, float* sums, int sum_row, Ahead ahead) {
     Row row[ROWS];
     Column column[COLUMNS];
     const Sources sources{pairs.value, pairs.weight, pairs.count, nullptr, 1};
@@ -112,14 +134,16 @@ void tile_sums(Pairs pairs, const float* const* weight, std::ptrdiff_t weight_st
         for (int r = 0; r < ROWS; ++r) row[r].weight = weight[r] + step * weight_step;
         for (int c = 0; c < COLUMNS; ++c) column[c].in = value + step * value_step + c * lanes;
         V sum[ROWS][COLUMNS] = {};
-        accumulate<ROWS, COLUMNS, 0>(sources, row, column, sum);
+        if (ahead.rows) accumulate<ROWS, COLUMNS, 0>(sources, row, column, sum, ahead);
+        else accumulate<ROWS, COLUMNS, 0>(sources, row, column, sum);
         for (int r = 0; r < ROWS; ++r) {
             for (int c = 0; c < COLUMNS; ++c) store(sums + (r * steps + step) * sum_row + c * lanes, sum[r][c]);
         }
     }
 }
 
-using TileSums = void (*)(Pairs, const float* const*, std::ptrdiff_t, const float*, std::ptrdiff_t, int, float*, int);
+using TileSums = void (*)(Pairs, const float* const*, std::ptrdiff_t, const float*, std::ptrdiff_t, int, float*, int,
+                          Ahead);
 
 inline constexpr TileSums sum_tiles[max_rows][panel_columns] = {
     {tile_sums<1, 1>, tile_sums<1, 2>}, {tile_sums<2, 1>, tile_sums<2, 2>}, {tile_sums<3, 1>, tile_sums<3, 2>},
@@ -128,24 +152,33 @@ inline constexpr TileSums sum_tiles[max_rows][panel_columns] = {
 
 // A matrix product: rows of weights by panels of values.
 struct Product {
+    static constexpr std::ptrdiff_t far_weights = 64 << 10;  // floats that the second cache no longer holds beside all else
+
     Pairs pairs;
     const float* value;
     std::ptrdiff_t value_step, panel_step, weight_step;
     int steps, values;
     float* sums;
     int sum_row;
+    std::ptrdiff_t row_length;  // of weights, in floats; 0: they are not fetched ahead
 
     // All rows, up to six at a time: row_of(channel) is a row's weights, take(channel, sums) takes its sums.
     template <class RowOf, class Take>
     void run(Channels out, RowOf row_of, Take take) const {
+        const float *row[max_rows], *next[max_rows];
+        const auto list = [&](int first, const float** to) {
+            const int rows = next_rows(out.count - first);
+            for (int r = 0; r < rows; ++r) to[r] = row_of(out.index[first + r]);
+            return rows;
+        };
+        const bool far = row_length * out.count > far_weights;
         for (int o = 0; o < out.count;) {
-            const int rows = next_rows(out.count - o);
-            const float* row[max_rows];
-            for (int r = 0; r < rows; ++r) row[r] = row_of(out.index[o + r]);
+            const int rows = list(o, row);
+            const int then = far ? list(o + rows, next) : 0;
             for (int p = 0; p * panel < values; ++p) {
                 const int columns = values - p * panel > lanes ? 2 : 1;
                 sum_tiles[rows - 1][columns - 1](pairs, row, weight_step, value + p * panel_step, value_step, steps,
-                                                 sums + p * panel, sum_row);
+                                                 sums + p * panel, sum_row, {next, p ? 0 : then, row_length});
             }
             for (int r = 0; r < rows; ++r) take(out.index[o + r], sums + std::ptrdiff_t{r} * steps * sum_row);
             o += rows;

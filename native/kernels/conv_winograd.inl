@@ -31,7 +31,9 @@ public:
         return index_floats() + values_floats() + std::size_t(max_rows) * places * sum_row + line_floats;
     }
 
-    int tasks(const ConvCall& call, int threads) const override { return tasks_for(macs(call), threads); }
+    int tasks(const ConvCall& call, int threads) const override {
+        return Cut::tasks(panels_of(across_ * down_), tasks_for(macs(call), threads), threads, 1);
+    }
 
     std::int64_t macs(const ConvCall& call) const override { return macs_of(shape_, call); }
 
@@ -42,6 +44,8 @@ public:
         const Cut cut(panels, tasks, 1);
         const Range part = cut.columns(task, panels), channels = cut.channels(task, call.active_out.count);
         if (part.empty() || channels.empty()) return;
+        ask_for_rows(shape_, call, cut, {2 * (part.first * panel / across_),
+                                         2 * ((std::min(part.last * panel, tiles) - 1) / across_) + 2});
         const Channels in = call.active_in;
         const Channels out{call.active_out.index + channels.first, channels.last - channels.first};
         auto* const value = reinterpret_cast<std::ptrdiff_t*>(scratch);
@@ -55,9 +59,13 @@ public:
             const std::ptrdiff_t place_step = panel_step * panels_of(block.last - block.first) + apart;
             transform_inputs(call, block, values, panel_step, place_step, sums + std::ptrdiff_t{max_rows} * places * sum_row);
             const Product product{{value, in.index, in.count}, values, place_step, panel_step, shape_.in_channels, places,
-                                  block.last - block.first, sums, sum_row};
-            product.run(out, [&](int o) { return row(o); },
-                        [&](int o, const float* sum) { write_channel(call, o, block, sum); });
+                                  block.last - block.first, sums, sum_row, 0};
+            // Tasks side by side begin with other channels, lest they write to the same cache line at a time.
+            const int turn = task % 2 ? out.count / 2 / max_rows * max_rows : 0;
+            for (const Channels& some : {Channels{out.index + turn, out.count - turn}, Channels{out.index, turn}}) {
+                product.run(some, [&](int o) { return row(o); },
+                            [&](int o, const float* sum) { write_channel(call, o, block, sum); });
+            }
         }
     }
 

@@ -63,7 +63,11 @@ inline void store_part(float* p, V v, int count) {
         store(p, v);
         return;
     }
+#if THRIFTY_VECTOR == 16
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), reinterpret_cast<__m512>(v));
+#else
     for (int i = 0; i < count; ++i) p[i] = v[i];
+#endif
 }
 
 }  // namespace thrifty::THRIFTY_ISA
