@@ -132,15 +132,15 @@ int Pool::Share::take(std::uint32_t epoch, End end) noexcept {
 
 void Pool::work(std::uint32_t epoch, int worker) noexcept {
     const std::size_t count = shares_.size();
+    int done = 0;  // told all at once: the caches of all workers pass the number around
     for (std::size_t i = 0; i < count; ++i) {
         Share& share = shares_[(static_cast<std::size_t>(worker) + i) % count];
         const auto end = i == 0 ? Share::End::front : Share::End::back;
-        for (int task = share.take(epoch, end); task >= 0; task = share.take(epoch, end)) {
-            task_(data_, task, worker);
-            pending_.fetch_sub(1);
-            if (caller_sleeps_.load()) pending_.notify_one();
-        }
+        for (int task = share.take(epoch, end); task >= 0; task = share.take(epoch, end), ++done) task_(data_, task, worker);
     }
+    if (done == 0) return;
+    pending_.fetch_sub(done);
+    if (caller_sleeps_.load()) pending_.notify_one();
 }
 
 void Pool::serve(int worker) noexcept {
