@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from thrifty.density import check_density, kept
 from thrifty.errors import LoweringError, ThriftyError
-from thrifty.gates import ChannelGate, Gate, GatedConv, LoweredGate, mean_magnitude, top_k_mask
+from thrifty.gates import ChannelGate, Gate, GatedConv, LoweredGate, MeanPredictor, mean_magnitude, top_k_mask
 
 FEW_VALUES = st.sampled_from([0.0, -0.0, 0.5, 1.0, -1.0])
 
@@ -88,3 +89,29 @@ def test_gated_conv_shows_its_convolution() -> None:
 def test_a_gate_must_define_itself() -> None:
     with pytest.raises(TypeError, match=r"forward.*overhead"):
         Gate()
+
+
+class Scored(MeanPredictor, nn.Module):
+    """The predictor of a gate, alone."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.make_predictor(inputs, torch.randn(outputs))
+        nn.init.normal_(self.predictor.weight)
+
+
+def test_scores_are_of_standardised_means() -> None:
+    """In training by the batch's own statistics, which evaluation has as running ones; a lone input has none."""
+    scored = Scored(6, 4).double()
+    x = torch.randn(16, 6, 5, 7, dtype=torch.float64) * 3 + 1
+    means = x.mean((2, 3)).numpy()
+    standard = (means - means.mean(0)) / np.sqrt(means.var(0) + scored.standardise.eps)
+    weight, bias = (p.detach().numpy() for p in (scored.predictor.weight, scored.predictor.bias))
+    expected = standard @ weight.T / np.sqrt(6) + bias
+    np.testing.assert_allclose(scored.predicted(x).detach().numpy(), expected, atol=1e-12)
+    kept = dict(scored.standardise.named_buffers())["running_mean"].clone()
+    alone = scored.predicted(x[:1])
+    assert torch.equal(dict(scored.standardise.named_buffers())["running_mean"], kept)
+    torch.testing.assert_close(scored.eval().predicted(x[:1]), alone, rtol=1e-12, atol=1e-12)
+    folded, shifted = scored.of_means()
+    torch.testing.assert_close(x.mean((2, 3)) @ folded.T + shifted, scored.predicted(x), rtol=1e-9, atol=1e-9)

@@ -54,11 +54,14 @@ def open_at_random(dynamic: Dynamic, seed: int = 0) -> Dynamic:
     generator = torch.Generator().manual_seed(seed)
 
     def hook(gate: Any, inputs: tuple[Tensor, ...]) -> None:
-        weight, bias = gate.predictor.weight, gate.predictor.bias
-        weight.normal_(generator=generator)
-        answer = (inputs[0].mean((2, 3)) - inputs[0].mean((0, 2, 3))) @ gate.weight().T
-        weight.mul_(0.5 / answer.abs().mean().clamp(min=1e-3))
-        bias.uniform_(-0.3, 0.5, generator=generator).sub_(gate.weight() @ inputs[0].mean((0, 2, 3)))
+        means, norm = inputs[0].mean((2, 3)), gate.standardise
+        norm.running_mean.copy_(means.mean(0) + 0.1 * torch.randn(means.shape[1], generator=generator))
+        norm.running_var.copy_(means.var(0) * torch.empty(means.shape[1]).uniform_(0.5, 2, generator=generator))
+        seen = gate.features(inputs[0])
+        weight = torch.randn(gate.predictor.weight.shape, generator=generator).to(seen)
+        weight *= 0.5 / ((seen - seen.mean(0)) @ weight.T).abs().mean().clamp(min=1e-3)
+        bias = torch.empty(len(weight)).uniform_(-0.3, 0.5, generator=generator)
+        gate.predict(weight, bias - weight @ seen.mean(0))
 
     handles = [gate.register_forward_pre_hook(hook) for gate in dynamic.gates().values()]
     like = next(dynamic.parameters())
@@ -106,8 +109,10 @@ def test_gates_against_numpy() -> None:
     dynamic(x)
     closed: dict[str, float] = {}
     for name, gate in budgeted(dynamic).items():
-        weight, bias, seen = arrays(gate.weight(), gate.predictor.bias, inputs[name])
-        scores = np.clip(seen.mean((2, 3)) @ weight.T + bias, 0, 1)
+        weight, bias, seen = arrays(gate.predictor.weight, gate.predictor.bias, inputs[name])
+        mean, variance = arrays(gate.standardise.running_mean, gate.standardise.running_var)
+        standard = (seen.mean((2, 3)) - mean) / np.sqrt(variance + 1e-4)
+        scores = np.clip(standard @ weight.T / np.sqrt(len(mean)) + bias, 0, 1)
         scale, decided = outputs[name]
         np.testing.assert_allclose(scale.detach().numpy().reshape(scores.shape), scores, atol=1e-12)
         assert np.array_equal(decided.numpy().reshape(scores.shape), scores > 0)
@@ -119,7 +124,8 @@ def test_a_threshold_closes_more_and_leaves_the_rest() -> None:
     dynamic, _, x = small()
     open_at_random(dynamic)
     gate: Any = dynamic.gates()["layer1.0.conv1"]
-    x = torch.randn(8, 16, SIZE, SIZE)
+    norm = gate.standardise
+    x = (norm.running_mean + norm.running_var.sqrt() * torch.randn(8, 16))[:, :, None, None].expand(-1, -1, SIZE, SIZE)
     before, _ = gate(x)
     dynamic.method.set_threshold(dynamic, 0.4)  # type: ignore[attr-defined]
     scale, decided = gate(x)

@@ -151,6 +151,53 @@ class LayerGate(Gate):
         return Decision(layer=output[1])
 
 
+class MeanPredictor(Predictor):
+    """Scores W s + b of maps x [N, C, H, W], for a gate to take part in: W = 0 at first.
+
+    s are the means over positions, standardised by the batch in training and by running statistics in evaluation, like
+    batch normalisation without a scale. Means of neighbouring inputs are much alike: W would learn little but another b
+    from them as they are. It is learned over the root of C, so that a step moves scores alike whatever C is.
+    """
+
+    training: bool
+    standardise: nn.BatchNorm2d
+    predictor: nn.Linear
+
+    def make_predictor(self, inputs: int, bias: Tensor) -> None:
+        """Predict from `inputs` channels, with bias [outputs] at first."""
+        self.standardise = nn.BatchNorm2d(inputs, eps=1e-4, affine=False)
+        self.predictor = nn.Linear(inputs, len(bias))
+        with torch.no_grad():
+            self.predictor.weight.zero_()
+            self.predictor.bias.copy_(bias)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Standardised means [N, C] over the positions of each channel."""
+        means = x.mean((2, 3), keepdim=True)
+        norm = self.standardise
+        if self.training and len(x) == 1:  # it has no deviation
+            return nn.functional.batch_norm(means, norm.running_mean, norm.running_var, eps=norm.eps).flatten(1)
+        return norm(means).flatten(1)
+
+    def predicted(self, x: Tensor) -> Tensor:
+        """Scores [N, outputs]."""
+        weight = self.predictor.weight * self.predictor.in_features**-0.5
+        return nn.functional.linear(self.features(x), weight, self.predictor.bias)
+
+    def of_means(self) -> Pair:
+        """Weight [outputs, C] and bias [outputs] that predict in evaluation the same from the means themselves."""
+        seen = dict(self.standardise.named_buffers())
+        variance = seen["running_var"] + self.standardise.eps
+        weight = self.predictor.weight * torch.rsqrt(self.predictor.in_features * variance)
+        return weight, self.predictor.bias - weight @ seen["running_mean"]
+
+    @torch.no_grad()
+    def predict(self, weight: Tensor, bias: Tensor) -> None:
+        """Score by weight [outputs, C] and bias [outputs] from now on."""
+        self.predictor.weight.copy_(weight * self.predictor.in_features**0.5)
+        self.predictor.bias.copy_(bias)
+
+
 CONV_ATTRIBUTES = {"weight", "bias", *nn.Conv2d.__constants__} - {"training"}
 """What a model's forward may read from a convolution that it also calls."""
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from thrifty.blocks import Block, residual_blocks
 from thrifty.conversion import Place
 from thrifty.errors import ThriftyError
-from thrifty.gates import LayerGate, LoweredGate, Pair, predictor_macs
+from thrifty.gates import LayerGate, LoweredGate, MeanPredictor, Pair, predictor_macs
 from thrifty.graph import ConvSite
 from thrifty.methods.budget import BudgetConfig, Budgeted
 
@@ -69,27 +69,22 @@ class Gumbel(BudgetConfig):
         )
 
 
-class SampledLayer(Budgeted, LayerGate):
-    """Runs a block where the logit w mean(x) + b of maps x [N, C, H, W] is positive, or by a draw in training.
+class SampledLayer(Budgeted, MeanPredictor, LayerGate):
+    """Runs a block where the logit of maps x [N, C, H, W] is positive, or by a draw in training.
 
     With a threshold it runs where its probability is above (1 + threshold) / 2.
     """
 
+    CENTRE = 0.0
+
     def __init__(self, block: Block, inputs: int, temperature: float) -> None:
         super().__init__(block.name, block.members)
-        self.predictor = nn.Linear(inputs, 1)
-        nn.init.zeros_(self.predictor.weight)
-        nn.init.constant_(self.predictor.bias, START)
+        self.make_predictor(inputs, torch.full((1,), START))
         self.prepare()
         self.temperature = temperature
 
-    def weight(self) -> Tensor:
-        """w, [1, C]: what is learned over the root of C, so that a step moves logits alike whatever C is."""
-        return self.predictor.weight * self.predictor.in_features**-0.5
-
     def forward(self, x: Tensor) -> Pair:
-        logits = nn.functional.linear(x.mean((2, 3)), self.weight(), self.predictor.bias)[:, 0]
-        logits = logits - self.charged - torch.log1p(self.threshold) + torch.log1p(-self.threshold)
+        logits = self.predicted(x)[:, 0] - self._against()
         if not self.training:
             decided = logits > 0
             return decided.to(x.dtype), decided
@@ -104,8 +99,16 @@ class SampledLayer(Budgeted, LayerGate):
         """One MAC for each element that is pooled and one for each weight."""
         return predictor_macs(shape[1:], 1)
 
+    def predict(self, weight: Tensor, bias: Tensor) -> None:
+        """Decide by weight [1, C] and bias [1] from now on, whatever is charged."""
+        super().predict(weight, bias + self.charged)
+
     def lower(self, shape: tuple[int, int, int]) -> LoweredGate:
         """The gate as programs have it: a score of 1 + logit clipped to [0, 1], which counts where it is 1."""
-        shift = torch.log1p(-self.threshold) - torch.log1p(self.threshold) - self.charged
-        weights = {"weight": self.weight(), "bias": self.predictor.bias + 1 + shift}
-        return LoweredGate("layer_gate", {"threshold": ALMOST_ONE}, weights)
+        weight, bias = self.of_means()
+        tensors = {"weight": weight, "bias": bias + 1 - self._against()}
+        return LoweredGate("layer_gate", {"threshold": ALMOST_ONE}, tensors)
+
+    def _against(self) -> Tensor:
+        """What a logit has to be above."""
+        return self.charged + torch.log1p(self.threshold) - torch.log1p(-self.threshold)

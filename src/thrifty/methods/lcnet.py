@@ -15,6 +15,7 @@ The paper's loss, coefficients, schedule and start were not at hand; these are t
 - how the budget is met: by a price that lowers all scores, see `thrifty.methods.budget`.
 - the gradient at the clip: under 0 it passes, times `leak`, where it pushes the score up, so that no gate stays closed
   for want of one; above 1 there is none. An input's derivative by a score is bounded by `STEEPEST`.
+- scores are predicted from standardised means, see `thrifty.gates.MeanPredictor`.
 - a threshold, 0 at first, under which scores count as 0; it is set after training by `set_budget`.
 
 Differs from the paper in
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 from thrifty.blocks import Block, residual_blocks
 from thrifty.conversion import Place
 from thrifty.errors import ThriftyError
-from thrifty.gates import ChannelGate, LayerGate, LoweredGate, Pair, Predictor, predictor_macs
+from thrifty.gates import ChannelGate, LayerGate, LoweredGate, MeanPredictor, Pair, predictor_macs
 from thrifty.graph import ConvSite, gate_outputs
 from thrifty.methods.budget import BudgetConfig, Budgeted, check_threshold
 
@@ -141,26 +142,19 @@ def _scores(z: Tensor, threshold: Tensor) -> Tensor:
     return torch.where(scores > threshold, scores, torch.zeros_like(scores))
 
 
-class _Scored(Budgeted, Predictor):
-    """Scores clip(W mean(x) + b) in [0, 1] of maps x [N, C, H, W], with W = 0 and b = 1 at first."""
+class _Scored(Budgeted, MeanPredictor):
+    """Scores of maps clipped to [0, 1], at first 1 and the margin under it."""
 
     CENTRE = 0.5
 
     def _prepare(self, inputs: int, margins: Tensor, method: LCNet) -> None:
-        self.predictor = nn.Linear(inputs, len(margins))
-        nn.init.zeros_(self.predictor.weight)
-        with torch.no_grad():
-            self.predictor.bias.copy_(1 + margins)
+        self.make_predictor(inputs, 1 + margins)
         self.prepare(method.threshold)
         self.leak = method.leak
 
-    def weight(self) -> Tensor:
-        """W, [outputs, C]: what is learned over the root of C, so that a step moves scores alike whatever C is."""
-        return self.predictor.weight * self.predictor.in_features**-0.5
-
     def scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [N, outputs], 0 where they are not above the threshold, and where they are."""
-        z = nn.functional.linear(self.features(x), self.weight(), self.predictor.bias) - self.charged
+        z = self.predicted(x) - self.charged
         if not self.training:
             scores = _scores(z, self.threshold)
             return scores, scores > 0
@@ -169,15 +163,9 @@ class _Scored(Budgeted, Predictor):
         self.open(decided.to(scores.dtype).mean(1))
         return scores, decided
 
-    def features(self, x: Tensor) -> Tensor:
-        """Means [N, C] over the positions of each channel."""
-        return x.mean((2, 3))
-
-    @torch.no_grad()
     def predict(self, weight: Tensor, bias: Tensor) -> None:
-        """Take weight [outputs, C] as W and bias [outputs] as b."""
-        self.predictor.weight.copy_(weight * self.predictor.in_features**0.5)
-        self.predictor.bias.copy_(bias + self.charged)
+        """Score by weight [outputs, C] and bias [outputs] from now on, whatever is charged."""
+        super().predict(weight, bias + self.charged)
 
     def overhead(self, shape: torch.Size) -> int:
         """One MAC for each element that is pooled and one for each weight."""
@@ -185,8 +173,9 @@ class _Scored(Budgeted, Predictor):
 
     def lower(self, shape: tuple[int, int, int]) -> LoweredGate:
         """The gate as programs have it: clipped linear scores of means, and a threshold."""
-        weights = {"weight": self.weight(), "bias": self.predictor.bias - self.charged}
-        return LoweredGate(self.KIND, {"threshold": float(self.threshold)}, weights)
+        weight, bias = self.of_means()
+        tensors = {"weight": weight, "bias": bias - self.charged}
+        return LoweredGate(self.KIND, {"threshold": float(self.threshold)}, tensors)
 
     KIND: ClassVar[str]
 
