@@ -27,11 +27,11 @@ def write_varying(path: Path) -> Path:
     generator = torch.Generator().manual_seed(0)
 
     def spread(gate: Any, inputs: tuple[Tensor, ...]) -> None:
-        weight, bias = gate.predictor.weight.normal_(generator=generator), gate.predictor.bias
-        means = inputs[0].mean((2, 3))
+        seen = gate.features(inputs[0])
+        weight = torch.randn(gate.predictor.weight.shape, generator=generator)
+        weight *= 0.4 / (seen @ weight.T).std()
         centre = 0.5 if isinstance(gate, LayerGate) else 0.4
-        weight.mul_(0.4 / (means @ gate.weight().T).std())
-        bias.fill_(centre).sub_(gate.weight() @ means.mean(0))
+        gate.predict(weight, centre - weight @ seen.mean(0))
 
     handles = [gate.register_forward_pre_hook(spread) for gate in dynamic.gates().values()]
     dynamic(x)
