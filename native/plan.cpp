@@ -4,6 +4,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "kernels/conv.h"
 
@@ -48,54 +49,46 @@ struct Life {
     int first = 0, last = 0;  // operators: written by, read last by
 };
 
-// Offsets of blocks, the large ones first, each at the lowest place that is free during its life.
-int64_t place(const std::vector<Life>& lives, const std::vector<int64_t>& sizes, std::vector<int64_t>& offsets) {
-    std::vector<std::size_t> order(sizes.size());
-    std::iota(order.begin(), order.end(), std::size_t{0});
-    std::stable_sort(order.begin(), order.end(), [&](auto a, auto b) { return sizes[a] > sizes[b]; });
+// Offsets from `start` on of the buffers `group`, the large ones first, each at the lowest place that is free during its
+// life. Returns where they end.
+int64_t place(std::vector<std::size_t> group, int64_t start, const std::vector<Life>& lives, const std::vector<int64_t>& sizes,
+              std::vector<int64_t>& offsets) {
+    std::stable_sort(group.begin(), group.end(), [&](auto a, auto b) { return sizes[a] > sizes[b]; });
     std::vector<std::size_t> placed;  // by offset
-    int64_t total = 0;
-    for (const std::size_t block : order) {
-        int64_t offset = 0;
+    int64_t end = start;
+    for (const std::size_t buffer : group) {
+        int64_t offset = start;
         for (const std::size_t other : placed) {
-            if (lives[other].last < lives[block].first || lives[block].last < lives[other].first) continue;
-            if (offsets[other] >= offset + sizes[block]) break;
+            if (lives[other].last < lives[buffer].first || lives[buffer].last < lives[other].first) continue;
+            if (offsets[other] >= offset + sizes[buffer]) break;
             offset = std::max(offset, offsets[other] + sizes[other]);
         }
-        offsets[block] = offset;
-        total = std::max(total, offset + sizes[block]);
-        placed.insert(std::upper_bound(placed.begin(), placed.end(), block,
-                                       [&](auto a, auto b) { return offsets[a] < offsets[b]; }), block);
+        offsets[buffer] = offset;
+        end = std::max(end, offset + sizes[buffer]);
+        placed.insert(std::upper_bound(placed.begin(), placed.end(), buffer,
+                                       [&](auto a, auto b) { return offsets[a] < offsets[b]; }), buffer);
     }
-    return total;
+    return end;
 }
 
-// The same for all buffers, so that a halo is never part of another plane. Sizes of buffers with halos are multiples of
-// their plane, hence so are their offsets among buffers alike.
+// Offsets of all buffers, group after group of those whose halos can lie over each other, so that a halo is never part
+// of another plane. Sizes of buffers with halos are multiples of their plane, hence so are their offsets in a group.
 int64_t place_by_halo(const std::vector<Layout>& buffers, const std::vector<Life>& lives, const std::vector<int64_t>& sizes,
                       std::vector<int64_t>& offsets) {
-    const auto alike = [](const Layout& a, const Layout& b) {
-        if (!a.halo.any() || !b.halo.any()) return a.halo.any() == b.halo.any();
-        return a.halo == b.halo && a.shape.height == b.shape.height && a.shape.width == b.shape.width;
+    const auto alike = [&](std::size_t i, std::size_t j) {
+        const Layout &a = buffers[i], &b = buffers[j];
+        return a.halo == b.halo &&
+               (!a.halo.any() || (a.shape.height == b.shape.height && a.shape.width == b.shape.width));
     };
-    std::vector<bool> placed(buffers.size());
-    int64_t total = 0;
-    for (std::size_t first = 0; first < buffers.size(); ++first) {
-        if (placed[first]) continue;
-        std::vector<std::size_t> group;
-        std::vector<Life> group_lives;
-        std::vector<int64_t> group_sizes;
-        for (std::size_t b = first; b < buffers.size(); ++b) {
-            if (placed[b] || !alike(buffers[first], buffers[b])) continue;
-            placed[b] = true;
-            group.push_back(b), group_lives.push_back(lives[b]), group_sizes.push_back(sizes[b]);
-        }
-        std::vector<int64_t> group_offsets(group.size());
-        const int64_t size = place(group_lives, group_sizes, group_offsets);
-        for (std::size_t i = 0; i < group.size(); ++i) offsets[group[i]] = total + group_offsets[i];
-        total += size;
+    std::vector<std::vector<std::size_t>> groups;
+    for (std::size_t b = 0; b < buffers.size(); ++b) {
+        const auto found = std::find_if(groups.begin(), groups.end(), [&](const auto& group) { return alike(group[0], b); });
+        if (found != groups.end()) found->push_back(b);
+        else groups.push_back({b});
     }
-    return total;
+    int64_t end = 0;
+    for (auto& group : groups) end = place(std::move(group), end, lives, sizes, offsets);
+    return end;
 }
 
 }  // namespace
@@ -104,8 +97,9 @@ void Plan::clear_halos(float* arena) const {
     const auto zero = [](float* from, std::ptrdiff_t count) { std::fill_n(from, count, 0.0f); };
     for (const Layout& layout : buffers) {
         const Padding& halo = layout.halo;
+        if (!halo.any()) continue;
         const Map map = layout.map(arena);
-        for (int c = 0; c < map.channels && halo.any(); ++c) {
+        for (int c = 0; c < map.channels; ++c) {
             float* const plane = map.channel(c);
             zero(plane - halo.top * map.row - halo.left, halo.top * map.row + halo.left);
             // The right of one row and the left of the next lie side by side.

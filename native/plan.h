@@ -33,8 +33,7 @@ struct Plan {
 };
 
 // Lays buffers that are never needed at the same time over each other, those with halos only where the halos lie over
-// each other too. Throws std::invalid_argument where the arena
-// would take more than limits.memory.
+// each other too. Throws std::invalid_argument where the arena would take more than limits.memory.
 Plan make_plan(const Program& program, const Limits& limits);
 
 }  // namespace thrifty

@@ -41,7 +41,8 @@ public:
         if (op_.inputs.size() < 2) return;
         const std::uint8_t* const residual = active(call, 1);
         if (out().sparse) write_activity(call, [&](int c) { return residual[c]; });
-        write_channels(call, 2.0 * static_cast<double>(out().shape.pixels()), [&](int c, Plane y, float*) { pass(call, c, 0, extent(out()), y); });
+        write_channels(call, 2.0 * static_cast<double>(out().shape.pixels()),
+                       [&](int c, Plane, float*) { pass(call, c, 0, out().shape.height); });
     }
 
 private:
@@ -115,24 +116,23 @@ private:
     template <class Use>
     void share(const Call& call, const Choice& choice, int tasks, const Use& use) const {
         const Channels written = out_list(call);
-        const Map y = out_map(call);
         if (written.count == choice.computed.count) return call.team.share(tasks, use);
         const int pieces = tasks ? tasks : call.team.threads();
         call.team.share(pieces, [&](int task, float* scratch) {
             if (tasks) use(task, scratch);
-            const auto cut = [&](int t) { return static_cast<int>(std::int64_t{y.height} * t / pieces); };
-            const int top = cut(task), rows = cut(task + 1) - top;
-            for (int i = 0; i < written.count && rows; ++i)
-                if (const int c = written.index[i]; !choice.is_computed[c])
-                    pass(call, c, top, {rows, y.width}, {y.channel(c) + top * y.row, y.row});
+            const auto cut = [&](int t) { return static_cast<int>(std::int64_t{out().shape.height} * t / pieces); };
+            for (int i = 0; i < written.count; ++i)
+                if (const int c = written.index[i]; !choice.is_computed[c]) pass(call, c, cut(task), cut(task + 1));
         });
     }
 
     // Rows of a channel without its convolution: the activation of the residual, or of zero.
-    void pass(const Call& call, int c, int top, Extent e, Plane y) const {
+    void pass(const Call& call, int c, int first, int last) const {
         ConstPlane from = op_.inputs.size() == 2 ? plane(call, 1, c) : zeros();
-        from.data += top * from.row;
-        kernels_.simple->affine(from, y, e, 1, 0, op_.activation, op_.slope);
+        from.data += first * from.row;
+        const Map y = out_map(call);
+        const Plane to{y.channel(c) + first * y.row, y.row};
+        kernels_.simple->affine(from, to, {last - first, y.width}, 1, 0, op_.activation, op_.slope);
     }
 
     std::unique_ptr<ConvGate> gate_;

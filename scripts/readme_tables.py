@@ -48,8 +48,7 @@ def accuracy() -> str:
 
 def speed() -> str:
     """Milliseconds at batch 1, and what they were measured on."""
-    with SPEED.open(newline="", encoding="utf-8") as stream:
-        rows = [row for row in csv.DictReader(stream) if row["batch"] == "1"]
+    rows = _rows(SPEED)
     densities = sorted({row["density"] for row in rows if row["density"]}, reverse=True)
     titles = [
         "network, threads",
@@ -61,15 +60,7 @@ def speed() -> str:
     for model, image, threads in dict.fromkeys((r["model"], r["image"], r["threads"]) for r in rows):
         part = [r for r in rows if (r["model"], r["image"], r["threads"]) == (model, image, threads)]
         ours = {r["density"]: r for r in part if r["engine"] == "thrifty"}
-        fastest = next(r for r in part if r["engine"] == ours[""]["fastest"])
-        cells = [
-            f"{model.removeprefix('torchvision:')}, {image} px, {threads}",
-            f"{_ms(fastest)} ({fastest['engine']})",
-        ]
-        cells.append(_ms(ours[""]))
-        cells += [
-            f"{_ms(ours[d])}, {float(ours[d]['speed_up']):.2f}× ({float(ours[d]['efficiency']):.2f})" for d in densities
-        ]
+        cells = [*_dense_cells(part), *(_against_others(ours[d]) for d in densities)]
         lines.append(f"| {' | '.join(cells)} |")
     first = rows[0]
     openvino, torch = first["openvino"].partition("-")[0], first["torch"].partition("+")[0]
@@ -90,25 +81,38 @@ def others() -> str:
     ]
     machines = set()
     for name, path in OTHERS.items():
-        with path.open(newline="", encoding="utf-8") as stream:
-            rows = [row for row in csv.DictReader(stream) if row["batch"] == "1"]
+        rows = _rows(path)
         for row in rows:
             machines.add(f"{row['CPU']}, {row['cores']} cores, {row['instructions']}")
             if not row["method"]:
                 continue
             same = [r for r in rows if (r["model"], r["threads"]) == (row["model"], row["threads"])]
-            fastest = next(r for r in same if r["engine"] == row["fastest"])
-            dense = next(r for r in same if r["engine"] == "thrifty" and not r["method"])
-            lines.append(
-                f"| {row['model']}, {row['image']} px, {row['threads']} | {_ms(fastest)} ({fastest['engine']}) | "
-                f"{_ms(dense)} | {name} | {float(row['mac_ratio']):.3f} | "
-                f"{_ms(row)}, {float(row['speed_up']):.2f}× ({float(row['efficiency']):.2f}) |"
-            )
+            cells = [*_dense_cells(same), name, f"{float(row['mac_ratio']):.3f}", _against_others(row)]
+            lines.append(f"| {' | '.join(cells)} |")
     note = (
         "The same for AntiDote at its paper's ratios (ResNet-18: half of channels and columns) and for LC-Net with\n"
         f"random gates at half of the MACs; measured by `make bench` on {'; '.join(sorted(machines))}."
     )
     return "\n".join([*lines, "", note, ""])
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """What was measured at batch 1."""
+    with path.open(newline="", encoding="utf-8") as stream:
+        return [row for row in csv.DictReader(stream) if row["batch"] == "1"]
+
+
+def _dense_cells(rows: list[dict[str, str]]) -> list[str]:
+    """A network and its threads, the time of the fastest other engine, and ours of the dense network."""
+    dense = next(row for row in rows if row["engine"] == "thrifty" and not row["method"])
+    fastest = next(row for row in rows if row["engine"] == dense["fastest"])
+    name = f"{dense['model'].removeprefix('torchvision:')}, {dense['image']} px, {dense['threads']}"
+    return [name, f"{_ms(fastest)} ({fastest['engine']})", _ms(dense)]
+
+
+def _against_others(row: dict[str, str]) -> str:
+    """Time, speed-up and efficiency."""
+    return f"{_ms(row)}, {float(row['speed_up']):.2f}× ({float(row['efficiency']):.2f})"
 
 
 def _ms(row: dict[str, str]) -> str:

@@ -147,7 +147,6 @@ public:
         const Cut cut(shape_.out_height, tasks, least_rows());
         const Range rows = cut.columns(task, shape_.out_height);
         const Range tiles = cut.channels(task, tiles_ * shape_.groups);
-        if (rows.empty()) return;
         const int blocks = (rows.last - rows.first + block_rows_ - 1) / block_rows_;
         for (int t = tiles.first; t < tiles.last; ++t) {
             for (int b = 0; b < blocks; ++b) {

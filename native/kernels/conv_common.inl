@@ -116,7 +116,7 @@ inline int tasks_for(std::int64_t macs, int threads) {
 struct Cut {
     int across, down;
 
-    // For a number of tasks that tasks() has given.
+    // For a number of tasks that tasks() has given: each has columns.
     Cut(int columns, int tasks, int least_columns)
         : across(std::clamp(columns / least_columns, 1, tasks)), down(tasks / across) {}
 
@@ -129,16 +129,14 @@ struct Cut {
     }
 
     // Tasks that follow each other share columns, so that a thread which does them in a row leaves few.
-    Range columns(int task, int count) const {
-        return task < across * down ? share(count, task / down, across) : Range{0, 0};
-    }
+    Range columns(int task, int count) const { return share(count, task / down, across); }
     Range channels(int task, int count) const { return share(count, task % down, down); }
 };
 
 // Asks for what a task reads of other threads' rows, layer after layer the same: waited for one by one they would take
 // longer than all at once. `rows`: of the output that are the task's.
 inline void ask_for_rows(const ConvShape& shape, const ConvCall& call, const Cut& cut, Range rows) {
-    if (cut.across * cut.down == 1 || rows.empty()) return;
+    if (cut.across * cut.down == 1) return;
     const int first = rows.first * shape.stride_height, last = rows.last * shape.stride_height;  // own, but for padding
     const int top = std::max(first - shape.pad_top, 0);
     const int bottom = std::min(last - shape.stride_height - shape.pad_top + reach_down(shape) + 1, shape.in_height);

@@ -32,7 +32,6 @@ public:
         Grid grid(*this, call);
         const Cut cut(grid.columns(), tasks, least_columns);
         const Range columns = cut.columns(task, grid.columns());
-        if (columns.empty()) return;
         if (shape_.taps() > 1) ask_for_rows(shape_, call, cut, grid.rows_of(columns));
         each_group(shape_, call, [&](Channels in, Channels out) {
             const Range channels = cut.channels(task, out.count);

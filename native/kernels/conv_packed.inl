@@ -14,7 +14,7 @@ public:
         : shape_(shape), weight_(weight), bias_(bias) {}
 
     std::size_t scratch() const override {
-        return place_floats() + weight_floats() + std::size_t(most_panels) * panel * most_pairs() + lanes + max_rows * sum_row;
+        return place_floats() + weight_floats() + value_floats() + max_rows * sum_row;
     }
 
     int tasks(const ConvCall& call, int threads) const override {
@@ -28,7 +28,6 @@ public:
         const int pixels = shape_.out_height * shape_.out_width, panels = panels_of(pixels);
         const Cut cut(panels, tasks, 1);
         const Range part = cut.columns(task, panels);
-        if (part.empty()) return;
         ask_for_rows(shape_, call, cut, {part.first * panel / shape_.out_width,
                                          (std::min(part.last * panel, pixels) - 1) / shape_.out_width + 1});
         each_group(shape_, call, [&](Channels in, Channels out) {
@@ -45,7 +44,7 @@ public:
 
 private:
     static constexpr int most_panels = 6;                        // in a block
-    static constexpr int values_budget = 48 << 10;                // floats of packed values in the first cache
+    static constexpr int values_budget = 48 << 10;               // floats of packed values in the second cache
     static constexpr int sum_row = most_panels * panel + lanes;  // sums are read past the last pixel
 
     static int block_of(int pairs) { return std::clamp(values_budget / (panel * std::max(pairs, 1)), 1, most_panels); }
@@ -53,16 +52,19 @@ private:
     int most_pairs() const { return shape_.in_per_group() * shape_.taps(); }
     std::size_t place_floats() const { return floats_of<std::ptrdiff_t>(most_pairs()); }
     std::size_t weight_floats() const { return floats_of<int>(most_pairs()); }
+    // See pack_panel() for the last vector.
+    std::size_t value_floats() const { return std::size_t(most_panels) * panel * most_pairs() + lanes; }
 
     void run_block(const ConvCall& call, Channels in, Channels out, Range pixels, float* scratch) const {
         auto* const place = reinterpret_cast<std::ptrdiff_t*>(scratch);
         auto* const weight = reinterpret_cast<int*>(scratch + place_floats());
         float* const values = scratch + place_floats() + weight_floats();
-        float* const sums = values + std::ptrdiff_t{most_panels} * panel * most_pairs() + lanes;
+        float* const sums = values + value_floats();
         const int number = pixels.last - pixels.first;
         const std::ptrdiff_t panel_step = std::ptrdiff_t{in.count} * shape_.taps() * panel;
         pack(call, in, pixels, place, weight, values, panel_step);
-        const Product product{{place, weight, in.count * shape_.taps()}, values, 0, panel_step, 0, 1, number, sums, sum_row, most_pairs()};
+        const Product product{{place, weight, in.count * shape_.taps()}, values, 0, panel_step, 0, 1, number, sums,
+                              sum_row, most_pairs()};
         product.run(out, [&](int o) { return weight_ + std::ptrdiff_t{o} * most_pairs(); },
                     [&](int o, const float* sum) { write_channel(call, o, pixels, sum); });
     }
@@ -102,7 +104,9 @@ private:
             if (shape_.stride_width == 1) {
                 for (int p = 0; p < number; p += lanes) store(to + at + p, load(from + p));
             } else if (shape_.stride_width == 2) {
-                for (int p = 0; p < number; p += lanes) store(to + at + p, evens(load(from + 2 * p), load(from + 2 * p + lanes)));
+                for (int p = 0; p < number; p += lanes) {
+                    store(to + at + p, evens(load(from + 2 * p), load(from + 2 * p + lanes)));
+                }
             } else {
                 for (int p = 0; p < number; ++p) to[at + p] = from[p * shape_.stride_width];
             }

@@ -43,7 +43,7 @@ public:
         const int tiles = across_ * down_, panels = panels_of(tiles);
         const Cut cut(panels, tasks, 1);
         const Range part = cut.columns(task, panels), channels = cut.channels(task, call.active_out.count);
-        if (part.empty() || channels.empty()) return;
+        if (channels.empty()) return;
         ask_for_rows(shape_, call, cut, {2 * (part.first * panel / across_),
                                          2 * ((std::min(part.last * panel, tiles) - 1) / across_) + 2});
         const Channels in = call.active_in;

@@ -31,7 +31,7 @@ from thrifty.budgets import set_budget
 from thrifty.conversion import Place
 from thrifty.dynamic import decisions, hooked
 from thrifty.errors import ThriftyError
-from thrifty.gates import Gate, LayerGate, predictor_macs
+from thrifty.gates import Gate, LayerGate, MeanPredictor, Pair, predictor_macs
 from thrifty.macs import MacCount, count_macs
 from thrifty.methods.base import MethodConfig
 from thrifty.strength import HIGHEST_THRESHOLD
@@ -72,8 +72,8 @@ class Costs:
         return product.sum(1)
 
 
-class Budgeted(Gate):
-    """A gate that tells what it leaves open, and whose scores are lowered by what it is charged.
+class Budgeted(MeanPredictor, Gate):
+    """A gate that tells what it leaves open, and whose predicted scores are lowered by what it is charged.
 
     Attributes:
         threshold: raised after training to meet a budget, a scalar buffer.
@@ -91,11 +91,29 @@ class Budgeted(Gate):
     share: float | Tensor = 1.0
     costs: Costs | None = None
 
-    def prepare(self, threshold: float = 0.0) -> None:
-        """Start with a price of 0 and this threshold."""
+    def prepare(self, inputs: int, bias: Tensor, threshold: float = 0.0) -> None:
+        """Predict from `inputs` channels, with bias [outputs] and this threshold at first, and a price of 0."""
+        self.make_predictor(inputs, bias)
         self.register_buffer("threshold", torch.tensor(float(threshold)))
         self.register_buffer("price", torch.tensor(0.0))
         self.register_buffer("charged", torch.tensor(0.0))
+
+    def predicted(self, x: Tensor) -> Tensor:
+        """Scores [N, outputs], less what is charged."""
+        return super().predicted(x) - self.charged
+
+    def of_means(self) -> Pair:
+        """Weight [outputs, C] and bias [outputs] of means, less what is charged."""
+        weight, bias = super().of_means()
+        return weight, bias - self.charged
+
+    def predict(self, weight: Tensor, bias: Tensor) -> None:
+        """Score by weight [outputs, C] and bias [outputs] from now on, whatever is charged."""
+        super().predict(weight, bias + self.charged)
+
+    def overhead(self, shape: torch.Size) -> int:
+        """One MAC for each element that is pooled and one for each weight."""
+        return predictor_macs(shape[1:], self.predictor.out_features)
 
     def open(self, decided: Tensor) -> None:
         """Note in training which share of each input [N] is left open."""

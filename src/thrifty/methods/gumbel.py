@@ -18,7 +18,7 @@ Differs from the papers in
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,9 @@ from torch import Tensor, nn
 from thrifty.blocks import Block, residual_blocks
 from thrifty.conversion import Place
 from thrifty.errors import ThriftyError
-from thrifty.gates import LayerGate, LoweredGate, MeanPredictor, Pair, predictor_macs
+from thrifty.gates import LayerGate, LoweredGate, Pair
 from thrifty.graph import ConvSite
 from thrifty.methods.budget import BudgetConfig, Budgeted
-
-if TYPE_CHECKING:
-    pass
 
 START = 3.0
 """Logit of running at first: 95 % of the blocks run in training."""
@@ -69,7 +66,7 @@ class Gumbel(BudgetConfig):
         )
 
 
-class SampledLayer(Budgeted, MeanPredictor, LayerGate):
+class SampledLayer(Budgeted, LayerGate):
     """Runs a block where the logit of maps x [N, C, H, W] is positive, or by a draw in training.
 
     With a threshold it runs where its probability is above (1 + threshold) / 2.
@@ -79,12 +76,11 @@ class SampledLayer(Budgeted, MeanPredictor, LayerGate):
 
     def __init__(self, block: Block, inputs: int, temperature: float) -> None:
         super().__init__(block.name, block.members)
-        self.make_predictor(inputs, torch.full((1,), START))
-        self.prepare()
+        self.prepare(inputs, torch.full((1,), START))
         self.temperature = temperature
 
     def forward(self, x: Tensor) -> Pair:
-        logits = self.predicted(x)[:, 0] - self._against()
+        logits = self.predicted(x)[:, 0] - self._least()
         if not self.training:
             decided = logits > 0
             return decided.to(x.dtype), decided
@@ -95,20 +91,12 @@ class SampledLayer(Budgeted, MeanPredictor, LayerGate):
         self.open(hard.detach())
         return hard + (relaxed - relaxed.detach()), decided
 
-    def overhead(self, shape: torch.Size) -> int:
-        """One MAC for each element that is pooled and one for each weight."""
-        return predictor_macs(shape[1:], 1)
-
-    def predict(self, weight: Tensor, bias: Tensor) -> None:
-        """Decide by weight [1, C] and bias [1] from now on, whatever is charged."""
-        super().predict(weight, bias + self.charged)
-
     def lower(self, shape: tuple[int, int, int]) -> LoweredGate:
         """The gate as programs have it: a score of 1 + logit clipped to [0, 1], which counts where it is 1."""
         weight, bias = self.of_means()
-        tensors = {"weight": weight, "bias": bias + 1 - self._against()}
+        tensors = {"weight": weight, "bias": bias + 1 - self._least()}
         return LoweredGate("layer_gate", {"threshold": ALMOST_ONE}, tensors)
 
-    def _against(self) -> Tensor:
-        """What a logit has to be above."""
-        return self.charged + torch.log1p(self.threshold) - torch.log1p(-self.threshold)
+    def _least(self) -> Tensor:
+        """What a logit has to be above, by the threshold."""
+        return torch.log1p(self.threshold) - torch.log1p(-self.threshold)

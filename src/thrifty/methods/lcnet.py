@@ -28,7 +28,7 @@ Differs from the paper in
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +36,9 @@ from torch import Tensor, nn
 from thrifty.blocks import Block, residual_blocks
 from thrifty.conversion import Place
 from thrifty.errors import ThriftyError
-from thrifty.gates import ChannelGate, LayerGate, LoweredGate, MeanPredictor, Pair, predictor_macs
+from thrifty.gates import ChannelGate, LayerGate, LoweredGate, Pair, predictor_macs
 from thrifty.graph import ConvSite, gate_outputs
 from thrifty.methods.budget import BudgetConfig, Budgeted, check_threshold
-
-if TYPE_CHECKING:
-    pass
-
 
 SPREAD = 4.0
 """Of the margins of a layer's channels above 1: a fourth of them is on the way from 1 to 0 at a time."""
@@ -142,19 +138,18 @@ def _scores(z: Tensor, threshold: Tensor) -> Tensor:
     return torch.where(scores > threshold, scores, torch.zeros_like(scores))
 
 
-class _Scored(Budgeted, MeanPredictor):
+class _Scored(Budgeted):
     """Scores of maps clipped to [0, 1], at first 1 and the margin under it."""
 
     CENTRE = 0.5
 
     def _prepare(self, inputs: int, margins: Tensor, method: LCNet) -> None:
-        self.make_predictor(inputs, 1 + margins)
-        self.prepare(method.threshold)
+        self.prepare(inputs, 1 + margins, method.threshold)
         self.leak = method.leak
 
     def scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [N, outputs], 0 where they are not above the threshold, and where they are."""
-        z = self.predicted(x) - self.charged
+        z = self.predicted(x)
         if not self.training:
             scores = _scores(z, self.threshold)
             return scores, scores > 0
@@ -163,19 +158,10 @@ class _Scored(Budgeted, MeanPredictor):
         self.open(decided.to(scores.dtype).mean(1))
         return scores, decided
 
-    def predict(self, weight: Tensor, bias: Tensor) -> None:
-        """Score by weight [outputs, C] and bias [outputs] from now on, whatever is charged."""
-        super().predict(weight, bias + self.charged)
-
-    def overhead(self, shape: torch.Size) -> int:
-        """One MAC for each element that is pooled and one for each weight."""
-        return predictor_macs(shape[1:], self.predictor.out_features)
-
     def lower(self, shape: tuple[int, int, int]) -> LoweredGate:
         """The gate as programs have it: clipped linear scores of means, and a threshold."""
         weight, bias = self.of_means()
-        tensors = {"weight": weight, "bias": bias - self.charged}
-        return LoweredGate(self.KIND, {"threshold": float(self.threshold)}, tensors)
+        return LoweredGate(self.KIND, {"threshold": float(self.threshold)}, {"weight": weight, "bias": bias})
 
     KIND: ClassVar[str]
 
