@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +20,15 @@ import thrifty
 from thrifty.benchmarking.subjects import without_gates
 from thrifty.budgets import set_budget
 from thrifty.converter import convert
-from thrifty.dynamic import Dynamic
+from thrifty.density import kept
+from thrifty.dynamic import Dynamic, hooked
 from thrifty.engine import Engine
 from thrifty.errors import ThriftyError
+from thrifty.gates import strengths
 from thrifty.lowering import lower
 from thrifty.macs import count_macs
 from thrifty.methods import FBS, AntiDote, LCNet, MethodConfig
-from thrifty.methods.base import sampled_strength
+from thrifty.methods.base import sampled_offset
 from thrifty.strength import find_strength
 
 METHODS = (FBS(density=0.3, max_overhead=9.0), AntiDote(channels=0.5, columns=0.7))
@@ -87,21 +92,73 @@ def test_strength_is_found_on_any_falling_cost(share: float, power: float) -> No
     assert len(asked) < 20
 
 
-@pytest.mark.parametrize("method", [FBS(density=0.3, one_for_all=True, max_overhead=9.0), AntiDote(one_for_all=True)])
-def test_training_for_all_budgets_visits_them_all(method: MethodConfig) -> None:
+FOR_ALL = (
+    FBS(density=0.3, one_for_all=True, max_overhead=9.0),
+    AntiDote(channels=0.5, columns=0.7, one_for_all=True),
+)
+
+
+@pytest.mark.parametrize("method", FOR_ALL, ids=lambda method: method.name)
+def test_training_for_all_budgets_gives_every_image_its_own(method: MethodConfig) -> None:
+    dynamic, *_ = network(method)
+    images = 64
+    x = torch.randn(images, 3, SIZE, SIZE)
+    least = count_macs(dynamic.eval(), x).total
+    method.advance(dynamic.train(), 0.4)
+    offset = sampled_offset(0.4)
+    wanted = [min(1.0, max(0.0, 2 * math.modf(offset + i * (5**0.5 - 1) / 2)[0] - 0.5)) for i in range(images)]
+    decided = {}
+
+    def note(name: str) -> Any:
+        return lambda gate, _inputs, output: decided.update({name: gate.decision(output)})
+
+    with hooked([gate.register_forward_hook(note(name)) for name, gate in dynamic.gates().items()]):
+        dynamic(x)
+    assert decided
+    for name, decision in decided.items():
+        ratios = (1 - 0.3, None) if method.name == "fbs" else (0.5, 0.7)
+        for mask, ratio in zip((decision.channels, decision.columns), ratios, strict=True):
+            if mask is not None:
+                size = mask[0].numel()
+                assert mask.flatten(1).sum(1).tolist() == [kept(1 - s * ratio, size) for s in wanted], name
+    method.advance(dynamic, 0.6)
+    assert sampled_offset(0.6) != offset
+    now = count_macs(dynamic.eval(), x).total
+    torch.testing.assert_close(now, least, rtol=0.01, atol=0)  # what is set; statistics have moved, so columns may
+    method.advance(dynamic.train(), 1.0)
+    torch.testing.assert_close(count_macs(dynamic, x).total, least, rtol=0.01, atol=0)
+    assert set(copy.deepcopy(dynamic).state_dict()) == set(dynamic.state_dict())
+
+
+def test_strengths_are_those_of_all_budgets() -> None:
+    for images in (1, 7, 128, 1000):
+        for offset in (0.0, 0.3, 0.999):
+            found = strengths(images, torch.tensor(offset))
+            assert found.shape == (images, 1)
+            assert 0 <= found.min() <= found.max() <= 1
+            for end in (0.0, 1.0):
+                assert abs((found == end).float().mean() - 0.25) < 2 / images + 0.01
+    assert sampled_offset(0.25) == sampled_offset(0.25) != sampled_offset(0.26)
+
+
+def test_statistics_mix_all_budgets_in_training() -> None:
+    """Whatever the step, they are those of all budgets: evaluation normalises as training did."""
+    method = FOR_ALL[0]
     dynamic, _, _ = network(method)
-    densities = []
-    for step in range(400):
-        method.advance(dynamic, step / 400)
-        densities.append(dynamic.density)
-    assert max(densities) == 1.0
-    method.advance(dynamic, 1.0)
-    assert dynamic.density == min(densities)
-    assert len({round(density, 6) for density in densities}) > 4
-    strengths = [sampled_strength(step / 400) for step in range(400)]
-    assert strengths == [sampled_strength(step / 400) for step in range(400)]
-    assert 0.15 < strengths.count(0.0) / 400 < 0.35
-    assert 0.15 < strengths.count(1.0) / 400 < 0.35
+    x = torch.randn(256, 3, SIZE, SIZE)
+    means = {name: [] for name, norm in dynamic.named_modules() if isinstance(norm, nn.BatchNorm2d)}
+    for step in range(6):
+        for norm in dynamic.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.reset_running_stats()
+                norm.momentum = 1.0
+        method.advance(dynamic.train(), step / 6)
+        dynamic(x)
+        for name, found in means.items():
+            found.append(dynamic.get_submodule(name).running_mean.clone())
+    for name, found in means.items():
+        stacked = torch.stack(found)
+        assert (stacked.std(0) < 0.1 * stacked.abs().mean() + 1e-3).all(), name
 
 
 def sampled(method: MethodConfig) -> tuple[Dynamic, Engine, torch.Tensor]:

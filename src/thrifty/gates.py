@@ -21,15 +21,25 @@ def top_k_mask(scores: Tensor, k: int | Tensor) -> Tensor:
 
     Args:
         scores: [N, C].
-        k: how many to keep, an int or an int64 scalar tensor; from C on, all are kept.
+        k: how many to keep, an int or an int64 tensor, scalar or [N, 1]; from C on, all are kept.
 
     Returns:
-        bool [N, C] with exactly min(k, C) true in each row.
+        bool [N, C] with exactly min(k, C) true in each row, of its own k where there are several.
     """
     order = torch.sort(scores.detach(), dim=1, descending=True, stable=True).indices
     places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(1, order, places)
     return rank < k
+
+
+def strengths(images: int, offset: Tensor) -> Tensor:
+    """Strengths [images, 1] in [0, 1] for a batch: about a quarter of them 0, a quarter 1, the others between.
+
+    They are spread evenly over the batch (as the multiples of the golden ratio are over the unit interval), from
+    another one on for every `offset`, a scalar in [0, 1).
+    """
+    numbers = torch.arange(images, device=offset.device, dtype=offset.dtype)
+    return (2 * torch.frac(offset + numbers * 0.6180339887) - 0.5).clamp(0, 1)[:, None]
 
 
 def mean_magnitude(x: Tensor) -> Tensor:
@@ -95,6 +105,48 @@ class Predictor(ABC):
     @abstractmethod
     def predict(self, weight: Tensor, bias: Tensor) -> None:
         """Score by weight [O, C] and bias [O] from now on."""
+
+
+class SpreadGate(Gate):
+    """A gate that can be trained for all budgets at once: in training every image of a batch has a strength of its own.
+
+    So batches mix all budgets, and batch normalisation sees in every step, and keeps as its running statistics, what
+    one set of weights is to work with at all of them. All gates of a model take the same strengths for an image.
+
+    Attributes:
+        offset: of `strengths`, a scalar buffer.
+        spread: whether that is so; else all images get what is set.
+    """
+
+    offset: Tensor
+
+    def prepare_spread(self) -> None:
+        """What every budget for itself needs, not spread at first."""
+        self.register_buffer("offset", torch.tensor(0.0), persistent=False)
+        self.spread = False
+
+    def spread_from(self, offset: float | None) -> None:
+        """Spread the strengths of the next batch from `offset` on; None: no longer."""
+        self.spread = offset is not None
+        if offset is not None:
+            self.offset.fill_(offset)
+
+    def counts(self, given: Tensor, ratio: float, of: int, images: int) -> Tensor:
+        """How many of `of` each image keeps: `given`, or where budgets are spread 1 - strength * ratio of them.
+
+        Args:
+            given: int64 scalar.
+            ratio: pruned at strength 1, in [0, 1).
+            of: channels or columns.
+            images: in the batch.
+
+        Returns:
+            int64, scalar or [images, 1], rounded up as `thrifty.density.kept` does.
+        """
+        if not (self.training and self.spread):
+            return given
+        share = 1 - ratio * strengths(images, self.offset).double()
+        return torch.ceil(share * of - 1e-9).clamp(min=1).to(torch.int64)
 
 
 class ChannelGate(Gate):

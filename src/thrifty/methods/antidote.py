@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from thrifty.conversion import Place
 from thrifty.density import Density, check_patterns, densities_of, density_for, kept
 from thrifty.errors import LoweringError, ThriftyError
-from thrifty.gates import InputGate, LoweredGate, MaskedConv, mean_magnitude, top_k_mask
+from thrifty.gates import InputGate, LoweredGate, MaskedConv, SpreadGate, mean_magnitude, top_k_mask
 from thrifty.graph import ConvSite, replace_module
-from thrifty.methods.base import MethodConfig, on_the_way, sampled_strength
+from thrifty.methods.base import MethodConfig, on_the_way, sampled_offset
 
 if TYPE_CHECKING:
     from thrifty.dynamic import Dynamic
@@ -58,8 +58,8 @@ class AntiDote(MethodConfig):
         start: ratio at which the ascent begins; targets under it are there from the beginning.
         step: size of a step up.
         ascent: shares of the training run at which the ascent starts and ends.
-        one_for_all: train one set of weights for all ratios from 0 to the targets: every step takes others (AntiDoteX).
-            `schedule` then has no part.
+        one_for_all: train one set of weights for all ratios from 0 to the targets: every image of a batch gets others
+            (AntiDoteX). `schedule` then has no part.
     """
 
     name: ClassVar[str] = "antidote"
@@ -142,7 +142,8 @@ class AntiDote(MethodConfig):
     def advance(self, model: Dynamic, progress: float) -> None:
         """Put the schedule's ratios for this share of the run into every gate."""
         if self.one_for_all:
-            self.set_strength(model, sampled_strength(progress) if progress < 1 else 1.0)
+            for gate in _gates(model).values():
+                gate.spread_from(sampled_offset(progress) if progress < 1 else None)
             return
         for gate in _gates(model).values():
             gate.set_ratios(*(self.ratio_at(progress, target) for target in gate.target))
@@ -159,7 +160,7 @@ class AntiDote(MethodConfig):
         return "" if self.selects(site.name, site.conv) else "not selected by where="
 
 
-class AttentionGate(InputGate):
+class AttentionGate(InputGate, SpreadGate):
     """Keeps the channels and columns of a map x [N, C, H, W] that have the most attention; ties to the lowest index.
 
     Attributes:
@@ -180,6 +181,7 @@ class AttentionGate(InputGate):
         self.register_buffer("kept_columns", torch.tensor(self.positions))
         self.target = (0.0, 0.0)
         self.by_channels = self.by_columns = False
+        self.prepare_spread()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if self.training and self.dropout == "none":
@@ -187,11 +189,13 @@ class AttentionGate(InputGate):
         channels = columns = None
         kept_map = x
         if self.by_channels:
-            channels = top_k_mask(self._scores(mean_magnitude(x)), self.kept_channels)
+            count = self.counts(self.kept_channels, self.target[0], self.channels, len(x))
+            channels = top_k_mask(self._scores(mean_magnitude(x)), count)
             kept_map = kept_map * channels[:, :, None, None].to(x.dtype)
         if self.by_columns:
             attention = torch.linalg.vector_norm(x, 1, 1) / x.shape[1]
-            columns = top_k_mask(self._scores(attention.flatten(1)), self._columns_of(attention[0].numel()))
+            count = self.counts(self.kept_columns, self.target[1], self.positions, len(x))
+            columns = top_k_mask(self._scores(attention.flatten(1)), self._columns_of(count, attention[0].numel()))
             columns = columns.reshape(attention.shape)
             kept_map = kept_map * columns[:, None].to(x.dtype)
         return kept_map, channels, columns
@@ -201,9 +205,9 @@ class AttentionGate(InputGate):
             return torch.rand_like(attention)
         return -attention if self.criterion == "inverse" else attention
 
-    def _columns_of(self, positions: int) -> Any:
-        """Columns kept of a map of so many positions: the same share, rounded up."""
-        return (self.kept_columns * positions + (self.positions - 1)) // self.positions
+    def _columns_of(self, count: Tensor, positions: int) -> Any:
+        """Columns kept of a map of so many positions: the share that `count` of `self.positions` is, rounded up."""
+        return (count * positions + (self.positions - 1)) // self.positions
 
     def decides(self) -> tuple[bool, bool]:
         """Whether it prunes channels, and columns, at the ratios that are set."""
@@ -235,7 +239,7 @@ class AttentionGate(InputGate):
         if self.criterion != "attention":
             raise LoweringError(f"pruning by the criterion {self.criterion!r} is for comparison in torch alone")
         by_channels, by_columns = self.decides()
-        columns = int(self._columns_of(shape[1] * shape[2])) if by_columns else shape[1] * shape[2]
+        columns = int(self._columns_of(self.kept_columns, shape[1] * shape[2])) if by_columns else shape[1] * shape[2]
         kept_channels = int(self.kept_channels) if by_channels else self.channels
         return LoweredGate("attention", {"kept_channels": kept_channels, "kept_columns": columns}, {})
 

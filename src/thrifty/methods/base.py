@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 Where = Callable[[str, nn.Module], bool] | str | tuple[str, ...] | None
 
 
-def sampled_strength(progress: float) -> float:
-    """A strength for the training step at `progress` in [0, 1]: a quarter of the steps 0, a quarter 1, others between.
+def sampled_offset(progress: float) -> float:
+    """For `thrifty.gates.strengths` in the training step at `progress` in [0, 1], in [0, 1).
 
     It depends on `progress` alone, so that a resumed run draws what the unbroken one does.
     """
-    return min(1.0, max(0.0, 2 * random.Random(repr(progress)).random() - 0.5))
+    return random.Random(repr(progress)).random()
 
 
 def on_the_way(

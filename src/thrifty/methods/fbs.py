@@ -30,9 +30,18 @@ from torch import Tensor, nn
 from thrifty.conversion import Place
 from thrifty.density import Density, check_density, check_patterns, densities_of, density_for, kept
 from thrifty.errors import ThriftyError
-from thrifty.gates import ChannelGate, LoweredGate, Pair, Predictor, mean_magnitude, predictor_macs, top_k_mask
+from thrifty.gates import (
+    ChannelGate,
+    LoweredGate,
+    Pair,
+    Predictor,
+    SpreadGate,
+    mean_magnitude,
+    predictor_macs,
+    top_k_mask,
+)
 from thrifty.graph import ConvSite, gate_outputs
-from thrifty.methods.base import MethodConfig, on_the_way, sampled_strength
+from thrifty.methods.base import MethodConfig, on_the_way, sampled_offset
 
 if TYPE_CHECKING:
     from thrifty.dynamic import Dynamic
@@ -58,8 +67,8 @@ class FBS(MethodConfig):
         start: density at which training starts.
         step: size of a step down.
         descent: shares of the training run at which the descent starts and ends.
-        one_for_all: train one set of weights for all densities from 1 to `density`: every step takes another one
-            (AntiDoteX's idea, IEEE TCAD 41(11), 2022; not the FBS paper's). `schedule` then has no part.
+        one_for_all: train one set of weights for all densities from 1 to `density`: every image of a batch gets
+            another one (AntiDoteX's idea, IEEE TCAD 41(11), 2022; not the FBS paper's). `schedule` then has no part.
         max_overhead: a convolution is gated only if its gate's MACs are at most this share of its own.
     """
 
@@ -126,7 +135,8 @@ class FBS(MethodConfig):
     def advance(self, model: Dynamic, progress: float) -> None:
         """Put the schedule's density for this share of the run into every gate."""
         if self.one_for_all:
-            self.set_strength(model, sampled_strength(progress) if progress < 1 else 1.0)
+            for gate in _gates(model).values():
+                gate.spread_from(sampled_offset(progress) if progress < 1 else None)
             return
         for name, gate in _gates(model).items():
             gate.set_density(self.density_at(progress, self.density_for(name)))
@@ -182,7 +192,7 @@ class FBS(MethodConfig):
         _freeze_signs(norm)
 
 
-class FBSGate(ChannelGate, Predictor):
+class FBSGate(ChannelGate, SpreadGate, Predictor):
     """pi(x) = wta_k(ReLU(ss(x) phi + rho)) for maps x [N, C_in, H, W]."""
 
     CENTRE = 1.0
@@ -194,14 +204,15 @@ class FBSGate(ChannelGate, Predictor):
         self.predictor = nn.Linear(inputs, channels)
         # A tensor, so that it travels with the weights and a change of density compiles nothing anew.
         self.register_buffer("winners", torch.tensor(kept(density, channels)))
-        self._density = density
+        self._density = self._least = density
         self.penalty: Tensor | None = None
+        self.prepare_spread()
 
     def forward(self, x: Tensor) -> Pair:
         saliency = torch.relu(self.predictor(self.features(x)))
         if self.training:
             self.penalty = saliency.sum(1).mean()
-        winners = top_k_mask(saliency, self.winners)
+        winners = top_k_mask(saliency, self.counts(self.winners, 1 - self._least, self.channels, len(x)))
         return saliency * winners.to(saliency.dtype), winners
 
     def features(self, x: Tensor) -> Tensor:
