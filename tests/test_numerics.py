@@ -16,9 +16,8 @@ from thrifty.data.files import SAMPLE, listing, normalised, read_files
 from thrifty.decision import Decision
 from thrifty.engine import Engine, Trace
 from thrifty.program import FILL_ZEROS, Operator, Program
-from thrifty.program_file import load_program
 from thrifty.reference import run_reference
-from thrifty.zoo.programs import find_program
+from thrifty.zoo.programs import read_program
 
 NAMES = ("resnet20-cifar10-fbs", "mcifarnet-cifar10-fbs")
 TINY = np.finfo(np.float32).tiny
@@ -28,7 +27,7 @@ both = pytest.mark.parametrize("name", NAMES)
 
 @cache
 def program_of(name: str) -> Program:
-    return load_program(find_program(name))
+    return read_program(name)
 
 
 @cache

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,59 @@ def rewritten(file: Path, change: Any) -> Path:
     text = text if isinstance(text, str) else None
     save_file(tensors, file, metadata={KEY: json.dumps(description) if text is None else text})
     return file
+
+
+@pytest.fixture
+def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """The program in a file without weights that the other file has, and that other file."""
+    monkeypatch.setattr(program_file, "SMALL", 50)
+    program = small_program()
+    rng = np.random.default_rng(1)
+    scale = rng.uniform(0.5, 2, (4, 1, 1, 1)) * [[[[1]]], [[[-1]]], [[[0]]], [[[1]]]]
+    given = rng.standard_normal((2, 4, 4, 3, 3)).astype(np.float32)
+    tensors = dict(program.tensors) | {"b.weight": (given[1] * scale).astype(np.float32)}
+    weights = {"other": given[0], "conv": given[1], "a": program.tensors["a.weight"]}
+    save_file(weights, tmp_path / "weights.safetensors")
+    save_program(replace(program, tensors=tensors), tmp_path / "p.thrifty", weights)
+    return tmp_path / "p.thrifty", tmp_path / "weights.safetensors"
+
+
+def test_weights_of_another_file_are_not_written_again(beside: tuple[Path, Path]) -> None:
+    file, weights = beside
+    with safe_open(file, "numpy") as held:
+        shapes = {name: held.get_tensor(name).shape for name in held.keys()}  # noqa: SIM118 (not a dict)
+    assert (shapes["a.weight"], shapes["b.weight"], shapes["fc.weight"]) == ((4,), (4,), (5, 4))
+    found = load_program(file, weights)
+    np.testing.assert_array_equal(found.tensors["a.weight"], small_program().tensors["a.weight"])
+    assert not found.tensors["b.weight"][2].any()
+    with safe_open(weights, "numpy") as held:
+        given = held.get_tensor("conv")
+    ratios = found.tensors["b.weight"][[0, 1, 3]] / given[[0, 1, 3]]
+    np.testing.assert_allclose(ratios, np.broadcast_to(ratios[:, :1, :1, :1], ratios.shape), rtol=1e-6)
+    save_program(found, file)
+    assert_same(load_program(file), found)
+    assert_same(load_program(file, weights), found)
+
+
+def test_without_the_other_file_the_error_says_what_to_do(beside: tuple[Path, Path], tmp_path: Path) -> None:
+    file, weights = beside
+    with pytest.raises(ProgramError, match=r"no weights of its own.*Load the model by its name"):
+        load_program(file)
+    with pytest.raises(ProgramError, match=str(file)):
+        load_program(file, tmp_path / "nothing")
+    save_file({"conv": np.zeros((5, 4, 3, 3), np.float32), "a": np.zeros((4, 3, 3, 3), np.float32)}, weights)
+    with pytest.raises(ProgramError, match=r"scales of b\.weight do not fit conv"):
+        load_program(file, weights)
+    save_file({"conv": np.full((4, 4, 3, 3), np.nan, np.float32), "a": np.zeros((4, 3, 3, 3), np.float32)}, weights)
+    with pytest.raises(ProgramError, match=r"b\.weight in .* has NaN"):
+        load_program(file, weights)
+
+
+@pytest.mark.parametrize("scaled", [["b.weight"], {"b.weight": 3}, {"b.weight": "gone"}, {"gone": "conv"}, 5])
+def test_wrong_scales_are_refused(beside: tuple[Path, Path], scaled: Any) -> None:
+    file, weights = beside
+    with pytest.raises(ProgramError, match=str(file)):
+        load_program(rewritten(file, lambda d, _: d.update(scaled=scaled)), weights)
 
 
 @pytest.mark.parametrize(

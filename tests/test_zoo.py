@@ -16,12 +16,12 @@ from thrifty.data import sources
 from thrifty.data.loader import EvaluationLoader
 from thrifty.errors import CheckpointError, ThriftyError
 from thrifty.files import sha256
-from thrifty.program_file import load_program
 from thrifty.train.recipe import load_recipe, shipped_recipes
 from thrifty.zoo import store
 from thrifty.zoo.compilation import program_of
 from thrifty.zoo.nets import NETS, build
-from thrifty.zoo.records import WEIGHTS
+from thrifty.zoo.programs import read_program
+from thrifty.zoo.records import PROGRAMS, WEIGHTS
 from thrifty.zoo.resolve import build_net
 from thrifty.zoo.store import ModelCard, find_weights, load_model, read_card, save_model
 
@@ -72,10 +72,15 @@ def test_a_record_describes_its_weights(record: thrifty.zoo.Record) -> None:
     assert record.total_epochs == record.epochs + sum(load_recipe(name).epochs for name in record.lineage)
 
 
+def test_all_that_ships_is_small() -> None:
+    files = [file for folder in (WEIGHTS, PROGRAMS) for file in folder.iterdir()]
+    assert sum(file.stat().st_size for file in files) <= 40 * 2**20
+
+
 @pytest.mark.parametrize("record", thrifty.zoo.records(), ids=lambda record: record.name)
 def test_a_program_is_that_of_the_weights(record: thrifty.zoo.Record) -> None:
     assert sha256(record.program) == record.program_sha256
-    shipped, made = load_program(record.program), program_of(*load_model(record.name))
+    shipped, made = read_program(record.name), program_of(*load_model(record.name))
     assert (shipped.classes, shipped.preprocessing) == (made.classes, made.preprocessing)
     assert str(shipped) == str(made)
     assert sum(shipped.macs().values()) == record.dense_macs

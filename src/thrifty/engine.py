@@ -17,9 +17,9 @@ from thrifty.decision import Decision
 from thrifty.density import Density, densities_of, density_for, kept
 from thrifty.errors import ThriftyError
 from thrifty.program import SETTINGS, Program, operator_tuples
-from thrifty.program_file import load_program, save_program
+from thrifty.program_file import save_program
 from thrifty.strength import HIGHEST_THRESHOLD, find_strength
-from thrifty.zoo.programs import find_program
+from thrifty.zoo.programs import read_program
 
 Array = NDArray[Any]
 
@@ -373,7 +373,7 @@ def load(path: str | Path, threads: int = 1) -> Engine:
     Raises:
         ThriftyError: the file is missing, damaged or of a newer version, or `threads` is out of range.
     """
-    return Engine(load_program(find_program(path)), threads)
+    return Engine(read_program(path), threads)
 
 
 def _kept(decision: Decision) -> str:

@@ -102,11 +102,10 @@ def _measure(dense: Record, dynamic: list[Record], threads: int, seconds: float)
     from thrifty.benchmarking.timing import interleave  # noqa: PLC0415
     from thrifty.engine import Engine  # noqa: PLC0415
     from thrifty.onnx_export import to_onnx  # noqa: PLC0415
-    from thrifty.program_file import load_program  # noqa: PLC0415
-    from thrifty.zoo.programs import find_program  # noqa: PLC0415
+    from thrifty.zoo.programs import read_program  # noqa: PLC0415
 
     records = [dense, *dynamic]
-    programs = [load_program(find_program(record.name)) for record in records]
+    programs = [read_program(record.name) for record in records]
     photographs = _photographs(programs[0])
     ours = [Ours(Engine(program, threads=threads)) for program in programs]
     runners: list[Runner] = [OnnxRuntime(to_onnx(programs[0]).SerializeToString(), threads), *ours]

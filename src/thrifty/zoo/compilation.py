@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.numpy import load_file
 from torch import nn
 
 from thrifty.files import sha256
@@ -29,8 +30,8 @@ def compile_file(source: str | Path, path: str | Path) -> Program:
 
 
 def compile_record(record: Record) -> Record:
-    """Make a zoo model's program anew, and its record with the sum of the file."""
-    compile_file(record.path, record.program)
+    """Make a zoo model's program anew, to be read beside its weights, and its record with the sum of the file."""
+    save_program(program_of(*load_model(record.path)), record.program, load_file(record.path))
     compiled = replace(record, program_sha256=sha256(record.program))
     compiled.write()
     return compiled

@@ -6,21 +6,25 @@ from pathlib import Path
 
 from thrifty.errors import CheckpointError
 from thrifty.files import sha256
+from thrifty.program import Program
+from thrifty.program_file import load_program
 from thrifty.zoo.records import records
 
 
-def find_program(source: str | Path) -> Path:
-    """The program file of a zoo model's name; anything else is taken for a path, whether there is a file or not.
+def read_program(source: str | Path) -> Program:
+    """The program of a zoo model's name, or of a file; what is neither is taken for a path.
 
     Raises:
-        CheckpointError: the zoo's file is missing, or is not the one that its record describes.
+        CheckpointError: a file of the zoo's is missing, or is not the one that its record describes.
+        ProgramError: the file is missing or damaged.
     """
     path = Path(source)
     found = None if path.is_file() else {record.name: record for record in records()}.get(str(source))
     if found is None:
-        return path
+        return load_program(path)
     if found.program_sha256 is None or not found.program.is_file():
         raise CheckpointError(f"{source} has no compiled program. Make it: python scripts/compile_zoo.py {source}")
-    if sha256(found.program) != found.program_sha256:
-        raise CheckpointError(f"{found.program} is not the file that its record describes. Install thrifty anew.")
-    return found.program
+    for file, expected in ((found.program, found.program_sha256), (found.path, found.sha256)):
+        if not file.is_file() or sha256(file) != expected:
+            raise CheckpointError(f"{file} is not the file that its record describes. Install thrifty anew.")
+    return load_program(found.program, found.path)
