@@ -79,19 +79,19 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet of 6 n + 2 layers for 32 px; `depth` is 20, 32, 44, 56, 110, …"""
+    """ResNet of 6 n + 2 layers for 32 px; `depth` is 20, 32, 44, 56, 110, …, `width` that of the first stage."""
 
-    def __init__(self, depth: int, classes: int = 10) -> None:
+    def __init__(self, depth: int, classes: int = 10, width: int = 16) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ThriftyError(f"a CIFAR ResNet has 6 n + 2 layers, {depth} are not. Take 20, 32, 44, 56 or 110.")
         blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = self._stage(16, 16, blocks, 1)
-        self.layer2 = self._stage(16, 32, blocks, 2)
-        self.layer3 = self._stage(32, 64, blocks, 2)
-        self.fc = nn.Linear(64, classes)
+        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = self._stage(width, width, blocks, 1)
+        self.layer2 = self._stage(width, 2 * width, blocks, 2)
+        self.layer3 = self._stage(2 * width, 4 * width, blocks, 2)
+        self.fc = nn.Linear(4 * width, classes)
         _initialise(self)
 
     @staticmethod
@@ -127,9 +127,14 @@ class VGG16(nn.Module):
         return self.fc(self.features(x).flatten(1))
 
 
-def resnet20(classes: int = 10) -> CifarResNet:
+def resnet14(classes: int = 10) -> CifarResNet:
+    """CIFAR ResNet-14: 26.4 M MACs, 0.18 M parameters."""
+    return CifarResNet(14, classes)
+
+
+def resnet20(classes: int = 10, width: int = 16) -> CifarResNet:
     """CIFAR ResNet-20: 40.6 M MACs, 0.27 M parameters."""
-    return CifarResNet(20, classes)
+    return CifarResNet(20, classes, width)
 
 
 def resnet32(classes: int = 10) -> CifarResNet:
@@ -144,6 +149,7 @@ def resnet56(classes: int = 10) -> CifarResNet:
 
 NETS: dict[str, Callable[..., nn.Module]] = {
     "mcifarnet": MCifarNet,
+    "resnet14": resnet14,
     "resnet20": resnet20,
     "resnet32": resnet32,
     "resnet56": resnet56,
