@@ -16,7 +16,7 @@ ROOT = Path(thrifty.__file__).parent
 LEVELS = (
     {"errors"},
     {"density", "strength"},
-    {"files", "decision", "conversion", "machine", "program"},
+    {"files", "decision", "conversion", "machine", "program", "mac_rules"},
     {"gates"},
     {"dynamic", "program_file", "reference", "onnx_export", "zoo.records"},
     {"macs", "graph", "methods.base", "zoo.programs"},
