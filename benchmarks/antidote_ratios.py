@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accuracy_and_cost import draw, measure
 from torch import nn
 
 from thrifty import AntiDote, convert
 from thrifty.cli.bench import write_csv
 from thrifty.cli.options import photographs
 from thrifty.data.loader import EvaluationLoader
-from thrifty.evaluation import evaluate
-from thrifty.files import replacing
 from thrifty.machine import machine, versions
 from thrifty.zoo.records import records
 from thrifty.zoo.store import load_model
@@ -52,21 +51,11 @@ def main() -> None:
         for strength in STRENGTHS:
             torch.manual_seed(0)
             model.method.set_strength(model, strength)
-            result = evaluate(model, loader)
-            rows.append(
-                {
-                    "training": training,
-                    "model": name,
-                    "strength": strength,
-                    "accuracy": result.accuracy,
-                    "macs": result.macs.mean,
-                    "macs_share": result.macs.mean / model.conversion.total_macs,
-                    "photographs": len(result.labels),
-                }
-            )
-            print(f"{training}, strength {strength}: {result.accuracy:.4f} at {rows[-1]['macs_share']:.3f} of the MACs")
+            labels = {"training": training, "model": name, "strength": strength}
+            rows.append(measure(model, loader, model.conversion.total_macs, **labels))
     write_csv(arguments.output, rows, {**machine(), **versions("torch")})
-    _plot(rows, arguments.output.with_suffix(".png"))
+    title = "ResNet-20, channels and columns pruned inside the blocks"
+    draw(rows, "training", title, arguments.output.with_suffix(".png"))
 
 
 def _prepared(name: str, criterion: Any, root: Path) -> tuple[EvaluationLoader, Any]:
@@ -80,23 +69,6 @@ def _prepared(name: str, criterion: Any, root: Path) -> tuple[EvaluationLoader, 
         config = AntiDote(channels=method.channels, columns=method.columns, criterion=criterion)
         model = convert(model, config, torch.zeros(1, 3, card.size, card.size))
     return loader, model
-
-
-def _plot(rows: list[dict[str, Any]], path: Path) -> None:
-    from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for training in dict.fromkeys(row["training"] for row in rows):
-        part = [row for row in rows if row["training"] == training]
-        axes.plot([row["macs_share"] for row in part], [100 * row["accuracy"] for row in part], "o-", label=training)
-    axes.set_xlabel("MACs, share of dense")
-    axes.set_ylabel("accuracy on the test photographs, %")
-    axes.set_title("ResNet-20, channels and columns pruned inside the blocks")
-    axes.grid(visible=True, alpha=0.3)
-    axes.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
 
 
 if __name__ == "__main__":

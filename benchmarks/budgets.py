@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accuracy_and_cost import measure, training_images
 
 from thrifty import set_budget
 from thrifty.cli.bench import write_csv
 from thrifty.cli.options import photographs
-from thrifty.evaluation import evaluate
 from thrifty.machine import machine, versions
 from thrifty.zoo.store import load_model
 
@@ -33,22 +33,12 @@ def main() -> None:
     torch.set_flush_denormal(True)
     model: Any
     model, card = load_model(MODEL)
-    few, _ = next(iter(photographs(card, "folder", arguments.root, "train")))
+    few = training_images(card, arguments.root, MEASURED_ON)
     loader = photographs(card, "folder", arguments.root)
     rows = []
     for budget in BUDGETS:
-        set_budget(model, budget, few[:MEASURED_ON])
-        result = evaluate(model, loader)
-        rows.append(
-            {
-                "model": MODEL,
-                "budget": budget,
-                "macs_share": result.macs.mean / model.conversion.total_macs,
-                "accuracy": result.accuracy,
-                "photographs": len(result.labels),
-            }
-        )
-        print(f"budget {budget}: {result.accuracy:.4f} at {rows[-1]['macs_share']:.3f} of the MACs", flush=True)
+        set_budget(model, budget, few)
+        rows.append(measure(model, loader, model.conversion.total_macs, model=MODEL, budget=budget))
     write_csv(arguments.output, rows, {**machine(), **versions("torch")})
 
 

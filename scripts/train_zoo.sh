@@ -15,9 +15,9 @@ train() {
 }
 
 models=(
-    resnet20-cifar10{-start,-fbs,,-antidote,-antidote-random,-lcnet,-any}
+    resnet20-cifar10{-start,-fbs,,-antidote,-antidote-random,-lcnet,-cnet,-lnet,-gumbel,-any}
     resnet56-cifar10{,-antidote,-lcnet}
-    mcifarnet-cifar10{,-fbs}
+    mcifarnet-cifar10{,-fbs,-fbs-70}
 )
 for recipe in {resnet20,resnet56,mcifarnet}-cifar10-base mcifarnet-cifar10-start "${models[@]}"; do
     train "$recipe"

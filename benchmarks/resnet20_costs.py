@@ -1,0 +1,83 @@
+"""What ResNet-20 reaches at which cost: dense, by gates at several budgets, and smaller dense networks beside it.
+
+Usage: python benchmarks/resnet20_costs.py --root DATA [--runs runs] [--output benchmarks/results/resnet20_costs.csv]
+DATA holds train/<class>/*.jpg and test/<class>/*.jpg. Models that the zoo does not have are taken from finished runs of
+the recipes of their names. Writes a CSV and, beside it, a plot (needs the extra 'report').
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from accuracy_and_cost import draw, measure, training_images
+
+from thrifty import count_macs, set_budget
+from thrifty.cli.bench import write_csv
+from thrifty.cli.options import photographs
+from thrifty.machine import machine, versions
+from thrifty.zoo.nets import build
+from thrifty.zoo.records import records
+from thrifty.zoo.store import load_model
+
+COMPARED = {
+    "dense": ("resnet20-cifar10", "resnet14-cifar10", "resnet20-cifar10-narrow"),
+    "LC-Net": ("resnet20-cifar10-lcnet",),
+    "C-Net": ("resnet20-cifar10-cnet",),
+    "L-Net": ("resnet20-cifar10-lnet",),
+    "sampled layer gates": ("resnet20-cifar10-gumbel",),
+    "FBS": ("resnet20-cifar10-fbs",),
+}
+"""What is skipped -> models, from the zoo or from runs; those that are nowhere are left out."""
+
+LOWER = {"LC-Net": (0.45, 0.4, 0.35), "C-Net": (0.45, 0.4, 0.35)}
+"""Shares of the dense MACs that a threshold brings models down to, beside their own."""
+
+MEASURED_ON = 512
+
+
+def main() -> None:
+    """Evaluate each model at its own cost and at lower ones."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/resnet20_costs.csv"))
+    arguments = parser.parse_args()
+    torch.set_flush_denormal(True)
+    whole = int(count_macs(build("resnet20"), torch.zeros(1, 3, 32, 32)).total[0])
+    rows: list[dict[str, Any]] = []
+    for kind, names in COMPARED.items():
+        for name in names:
+            source = _source(name, arguments.runs)
+            if source is None:
+                print(f"{name} is neither in the zoo nor among the runs: left out")
+                continue
+            rows += _measured(kind, name, source, arguments.root, whole)
+    write_csv(arguments.output, rows, {**machine(), **versions("torch")})
+    draw(rows, "method", "ResNet-20 at lower cost, beside smaller networks", arguments.output.with_suffix(".png"))
+
+
+def _source(name: str, runs: Path) -> str | Path | None:
+    if name in {record.name for record in records()}:
+        return name
+    path = runs / name / "model.safetensors"
+    return path if path.is_file() else None
+
+
+def _measured(method: str, name: str, source: str | Path, root: Path, whole: int) -> list[dict[str, Any]]:
+    """Rows of one model, `whole` the MACs of the dense ResNet-20."""
+    model: Any
+    model, card = load_model(source)
+    loader = photographs(card, "folder", root)
+    few = training_images(card, root, MEASURED_ON)
+    rows = [measure(model, loader, whole, method=method, model=name, budget=None)]
+    for share in LOWER.get(method, ()):
+        set_budget(model, share, few)
+        rows.append(measure(model, loader, whole, method=method, model=name, budget=share))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
