@@ -26,7 +26,7 @@ def training_images(card: ModelCard, root: Path, count: int) -> Tensor:
     return x
 
 
-def measure(model: Any, loader: EvaluationLoader, whole: int, **labels: Any) -> dict[str, Any]:
+def measure(model: Any, loader: EvaluationLoader, whole: int, /, **labels: Any) -> dict[str, Any]:
     """A row of `labels`, accuracy and MACs, these also as a share of `whole`; printed too."""
     result = evaluate(model, loader)
     share = result.macs.mean / whole
