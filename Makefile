@@ -11,7 +11,7 @@ SANITIZED := build/sanitized
 FIGURES ?= benchmarks/results
 DATA ?= data/cifar10-jpeg
 
-.PHONY: help demo test check check-native bench bench-training zoo programs clean
+.PHONY: help demo test check check-native bench bench-training bench-accuracy zoo programs clean
 
 help:
 	@echo "make demo            classify the photographs that ship with the project, dense and dynamic, without torch"
@@ -20,6 +20,7 @@ help:
 	@echo "make check-native    the engine's tests under the address and undefined-behaviour sanitisers"
 	@echo "make bench           measure the engine beside others, into $(FIGURES)"
 	@echo "make bench-training  measure what training with gates costs, into $(FIGURES)"
+	@echo "make bench-accuracy  measure what the shipped models reach at other costs, on DATA=$(DATA)"
 	@echo "make zoo             train the shipped weights anew from DATA=$(DATA) (hours)"
 	@echo "make programs        compile the zoo's models anew"
 
@@ -69,6 +70,11 @@ bench-training: $(READY)
 	$(BIN)/python benchmarks/training_step.py --output $(FIGURES)/training_step.csv
 	$(BIN)/python benchmarks/training_step.py --compile --output $(FIGURES)/training_step_compiled.csv
 	$(BIN)/python benchmarks/loader_share.py --output $(FIGURES)/loader_share.csv
+
+bench-accuracy: $(READY)
+	$(BIN)/python benchmarks/antidote_ratios.py --root $(DATA) --output $(FIGURES)/antidote_ratios.csv
+	$(BIN)/python benchmarks/budgets.py --root $(DATA) --output $(FIGURES)/budgets.csv
+	$(BIN)/python benchmarks/resnet20_costs.py --root $(DATA) --output $(FIGURES)/resnet20_costs.csv
 
 zoo: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" scripts/train_zoo.sh $(DATA)

@@ -65,6 +65,36 @@ def test_masks_keep_the_highest_attention(
         assert (kept[n].numpy() != 0).any(0).sum() <= positions
 
 
+def gate_of(criterion: Any = "attention", *, straight_through: bool) -> AttentionGate:
+    gate = AttentionGate(torch.Size((6, 5, 7)), criterion)
+    gate.set_ratios(0.5, 0.6)
+    gate.straight_through = straight_through
+    return gate.train()
+
+
+def test_a_straight_through_gradient_changes_nothing_else() -> None:
+    x = torch.rand(4, 6, 5, 7, dtype=torch.float64)
+    for training in (True, False):
+        plain, steered = (gate_of(straight_through=on).train(training)(x) for on in (False, True))
+        for a, b in zip(plain, steered, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize(("criterion", "sign"), [("attention", -1), ("inverse", 1), ("random", 0)])
+def test_a_loss_that_wants_more_lets_dropped_columns_come_back(criterion: str, sign: int) -> None:
+    """Descent moves the attention of what was dropped towards being kept: up, or for the inverse criterion down."""
+    for on in (False, True):
+        gate = gate_of(criterion, straight_through=on)
+        gate.set_ratios(channels=0.0)
+        x = (torch.rand(2, 6, 5, 7, dtype=torch.float64) + 0.1).requires_grad_()
+        kept, _, columns = gate(x)
+        kept.sum().neg().backward()
+        assert x.grad is not None and columns is not None
+        dropped = x.grad[~columns[:, None].expand(x.shape)]
+        assert dropped.numel()
+        assert (dropped.sign() == (sign if on else 0)).all()
+
+
 @pytest.mark.parametrize("style", PRUNABLE)
 def test_nothing_pruned_is_the_dense_model(style: str) -> None:
     dynamic, model, x = network(style)

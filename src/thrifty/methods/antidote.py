@@ -13,6 +13,8 @@ Differs from the paper, of which no code is public, in
 - attention by magnitude, mean |F|: the same after ReLU, and defined after activations that let negative values through.
 - stages: a tuple of ratios is by the size of the map where it was made, before pooling, largest first.
 - `criterion`, `dropout` and `schedule`, which also hold what the method is compared with.
+- `straight_through`: what is kept is the loss's concern as well. Without it what is dropped gets no gradient and can't
+  come back but by chance. Masks, evaluation and cost are the same.
 """
 
 from __future__ import annotations
@@ -58,6 +60,8 @@ class AntiDote(MethodConfig):
         start: ratio at which the ascent begins; targets under it are there from the beginning.
         step: size of a step up.
         ascent: shares of the training run at which the ascent starts and ends.
+        straight_through: in training, let a gradient reach the attention too: that of the loss by what is kept, taken
+            through a sigmoid about the limit between the lowest attention that is kept and the highest that is not.
         one_for_all: train one set of weights for all ratios from 0 to the targets: every image of a batch gets others
             (AntiDoteX). `schedule` then has no part.
     """
@@ -73,6 +77,7 @@ class AntiDote(MethodConfig):
     start: float = 0.1
     step: float = 0.05
     ascent: tuple[float, float] = (0.05, 0.6)
+    straight_through: bool = False
     one_for_all: bool = False
 
     def __post_init__(self) -> None:
@@ -103,6 +108,7 @@ class AntiDote(MethodConfig):
                 gate = AttentionGate(site.input_shape, self.criterion, self.dropout)
                 gate.map_size = site.map_size
                 gate.target = (channels[site.name], columns[site.name])
+                gate.straight_through = self.straight_through
                 gate.set_ratios(*gate.target)
                 if gate.decides() == (False, False):
                     gate, note = None, "its ratios keep everything"
@@ -180,6 +186,7 @@ class AttentionGate(InputGate, SpreadGate):
         self.register_buffer("kept_channels", torch.tensor(self.channels))
         self.register_buffer("kept_columns", torch.tensor(self.positions))
         self.target = (0.0, 0.0)
+        self.straight_through = False
         self.by_channels = self.by_columns = False
         self.prepare_spread()
 
@@ -190,15 +197,30 @@ class AttentionGate(InputGate, SpreadGate):
         kept_map = x
         if self.by_channels:
             count = self.counts(self.kept_channels, self.target[0], self.channels, len(x))
-            channels = top_k_mask(self._scores(mean_magnitude(x)), count)
-            kept_map = kept_map * channels[:, :, None, None].to(x.dtype)
+            channels, factors = self._decided(mean_magnitude(x), count)
+            kept_map = kept_map * factors[:, :, None, None]
         if self.by_columns:
             attention = torch.linalg.vector_norm(x, 1, 1) / x.shape[1]
             count = self.counts(self.kept_columns, self.target[1], self.positions, len(x))
-            columns = top_k_mask(self._scores(attention.flatten(1)), self._columns_of(count, attention[0].numel()))
+            columns, factors = self._decided(attention.flatten(1), self._columns_of(count, attention[0].numel()))
             columns = columns.reshape(attention.shape)
-            kept_map = kept_map * columns[:, None].to(x.dtype)
+            kept_map = kept_map * factors.reshape(attention.shape)[:, None]
         return kept_map, channels, columns
+
+    def _decided(self, attention: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """What is kept by attention [N, K], bool [N, K], and as factors, which may have a gradient for the attention."""
+        scores = self._scores(attention)
+        mask = top_k_mask(scores, count)
+        factors = mask.to(attention.dtype)
+        if not (self.training and self.straight_through):
+            return mask, factors
+        with torch.no_grad():
+            lowest = torch.where(mask, scores, torch.inf).amin(1, keepdim=True)
+            highest = torch.where(mask, -torch.inf, scores).amax(1, keepdim=True)
+            limit = torch.where(highest.isfinite(), (lowest + highest) / 2, lowest)
+            width = scores.std(1, keepdim=True) / 2 + 1e-6
+        soft = torch.sigmoid((scores - limit) / width)
+        return mask, factors + soft - soft.detach()
 
     def _scores(self, attention: Tensor) -> Tensor:
         if self.criterion == "random" or (self.training and self.dropout == "random"):
