@@ -89,7 +89,8 @@ def test_a_loss_that_wants_more_lets_dropped_columns_come_back(criterion: str, s
         x = (torch.rand(2, 6, 5, 7, dtype=torch.float64) + 0.1).requires_grad_()
         kept, _, columns = gate(x)
         kept.sum().neg().backward()
-        assert x.grad is not None and columns is not None
+        assert x.grad is not None
+        assert columns is not None
         dropped = x.grad[~columns[:, None].expand(x.shape)]
         assert dropped.numel()
         assert (dropped.sign() == (sign if on else 0)).all()

@@ -208,7 +208,7 @@ class AttentionGate(InputGate, SpreadGate):
         return kept_map, channels, columns
 
     def _decided(self, attention: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """What is kept by attention [N, K], bool [N, K], and as factors, which may have a gradient for the attention."""
+        """What attention [N, K] keeps, bool [N, K], and that as factors, in training with a gradient for it."""
         scores = self._scores(attention)
         mask = top_k_mask(scores, count)
         factors = mask.to(attention.dtype)
