@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from train_support import write_folder, write_teacher
 
 COVERAGE = pytest.StashKey[dict[str, str]]()
 PARITY = pytest.StashKey[dict[str, str]]()
@@ -26,6 +28,18 @@ def _seed() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch.set_flush_denormal(False)  # commands and other engines set it for good
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photographs of three classes, in a directory of one directory a class."""
+    return write_folder(tmp_path_factory.mktemp("photographs"))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a small trained network."""
+    return write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
 
 
 @pytest.fixture

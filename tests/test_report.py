@@ -61,16 +61,22 @@ def test_numbers_are_those_of_the_model(style: str, method: str) -> None:
         assert not found.skipped
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_attention_and_saliencies_equal_a_recomputation(style: str) -> None:
-    dynamic, _, x = gated(style, "antidote")
+def maps_read(dynamic: Dynamic, kind: type[nn.Module]) -> dict[str, NDArray[Any]]:
+    """By layer, the map that each module of that kind reads in the passes to come."""
     read: dict[str, NDArray[Any]] = {}
     names = layer_names(dynamic)
     for path, module in dynamic.named_modules():
-        if isinstance(module, MaskedConv):
+        if isinstance(module, kind):
             module.register_forward_pre_hook(
                 lambda _, inputs, n=names[path]: read.update({n: inputs[0].numpy().copy()})
             )
+    return read
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_attention_and_saliencies_equal_a_recomputation(style: str) -> None:
+    dynamic, _, x = gated(style, "antidote")
+    read = maps_read(dynamic, MaskedConv)
     found = explain(dynamic, x[:1])
     assert found.attention.keys() == read.keys() == dynamic.gates().keys()
     for name, attention in found.attention.items():
@@ -79,12 +85,7 @@ def test_attention_and_saliencies_equal_a_recomputation(style: str) -> None:
     assert not found.saliencies
 
     dynamic, _, x = gated(style, "fbs")
-    names = layer_names(dynamic)
-    for path, module in dynamic.named_modules():
-        if isinstance(module, GatedConv):
-            module.register_forward_pre_hook(
-                lambda _, inputs, n=names[path]: read.update({n: inputs[0].numpy().copy()})
-            )
+    read = maps_read(dynamic, GatedConv)
     found = explain(dynamic, x[:1])
     assert not found.attention
     for name, gate in dynamic.gates().items():

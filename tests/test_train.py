@@ -26,7 +26,6 @@ from train_support import (
     steady,
     tiny,
     write_folder,
-    write_teacher,
 )
 
 from thrifty.dynamic import Dynamic
@@ -49,16 +48,6 @@ def _threads_and_denormals_stay():
     yield
     torch.set_num_threads(threads)
     assert torch.tensor(2e-38).div(4) != 0, "flushing of denormals was left on"
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("photographs"))
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> Path:
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs

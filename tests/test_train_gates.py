@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
-from train_support import MEAN, STD, Watcher, assert_same_run, make_recipe, result, write_folder
+from train_support import MEAN, STD, Watcher, assert_same_run, make_recipe, result
 
 from thrifty.data.augment import normalise
 from thrifty.dynamic import decisions
@@ -41,11 +41,6 @@ def residual(classes: int = 3) -> nn.Module:
     """A stem and two residual blocks."""
     stem = (nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
     return nn.Sequential(*stem, Block(8), Block(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("photographs"))
 
 
 def recipe_of(root: Path, method: str, **changes: Any) -> Recipe:

@@ -22,7 +22,6 @@ from train_support import (
     make_recipe,
     run,
     write_folder,
-    write_teacher,
 )
 
 from thrifty.errors import CheckpointError
@@ -44,16 +43,6 @@ def _one_thread():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return write_folder(tmp_path_factory.mktemp("photographs"))
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> Path:
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
 
 
 @pytest.fixture(scope="module")
