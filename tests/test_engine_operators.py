@@ -93,6 +93,18 @@ def test_activation_over_its_whole_range(activation: str) -> None:
     assert (error[near] <= 1e-6 * np.maximum(np.abs(wanted[near]), np.abs(values[near]))).all()
 
 
+@pytest.mark.parametrize("size", [1, 5, 8, 17, 33, 64])
+@pytest.mark.parametrize("stride", [(1, 1), (1, 2), (2, 1), (2, 2), (3, 2), (2, 5)])
+def test_pooling_of_single_values_subsamples(size: int, stride: tuple[int, int]) -> None:
+    down, along = stride
+    b = Builder((3, size, 2 * size), size)
+    shape = (3, -(-size // down), -(-2 * size // along))
+    b.add("max_pool", (0,), shape, {"kernel": (1, 1), "stride": stride})
+    x = b.random.standard_normal((2, 3, size, 2 * size)).astype(np.float32)
+    x[0, 0, 0, 0] = np.nan
+    np.testing.assert_array_equal(Engine(b.build())(x).reshape(2, *shape), x[:, :, ::down, ::along])
+
+
 @pytest.mark.parametrize("features", [1, 7, 8, 17, 63, 130])
 @pytest.mark.parametrize("outputs", [1, 3, 4, 5, 64, 65])
 def test_linear_over_sizes_and_active_features(features: int, outputs: int) -> None:
