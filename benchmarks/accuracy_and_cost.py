@@ -14,7 +14,19 @@ from thrifty.cli.options import photographs
 from thrifty.data.loader import EvaluationLoader
 from thrifty.evaluation import evaluate
 from thrifty.files import replacing
+from thrifty.zoo.records import records
 from thrifty.zoo.store import ModelCard
+
+
+def find_model(name: str, runs: Path) -> str | Path | None:
+    """What to load a model by: its name if the zoo has it, else the finished run's weights; None if there are none."""
+    if name in {record.name for record in records()}:
+        return name
+    path = runs / name / "model.safetensors"
+    if path.is_file():
+        return path
+    print(f"{name} is neither in the zoo nor a finished run in {runs}: left out")
+    return None
 
 
 def training_images(card: ModelCard, root: Path, count: int) -> Tensor:

@@ -1,6 +1,6 @@
 """ResNet-20 pruned by attention at rising ratios: trained by targeted dropout, by other means, and not trained for it.
 
-Usage: python benchmarks/antidote_ratios.py --root DATA [--output benchmarks/results/antidote_ratios.csv]
+Usage: python benchmarks/antidote_ratios.py --root DATA [--runs runs] [--output benchmarks/results/antidote_ratios.csv]
 DATA holds test/<class>/*.jpg. Writes a CSV and, beside it, a plot (needs the extra 'report').
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_and_cost import draw, measure
+from accuracy_and_cost import draw, find_model, measure
 from torch import nn
 
 from thrifty import AntiDote, convert
@@ -19,7 +19,6 @@ from thrifty.cli.bench import write_csv
 from thrifty.cli.options import photographs
 from thrifty.data.loader import EvaluationLoader
 from thrifty.machine import machine, versions
-from thrifty.zoo.records import records
 from thrifty.zoo.store import load_model
 
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -32,22 +31,22 @@ COMPARED = {
     "pruned at test time alone": "resnet20-cifar10",
     "pruned at test time alone, random": "resnet20-cifar10",
 }
-"""How it was made -> the zoo's model; those that the zoo does not have are left out."""
+"""How it was made -> the model, from the zoo or from runs; those that are nowhere are left out."""
 
 
 def main() -> None:
     """Evaluate each model at each strength."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/antidote_ratios.csv"))
     arguments = parser.parse_args()
-    known = {record.name for record in records()}
     rows = []
     for training, name in COMPARED.items():
-        if name not in known:
-            print(f"{name} is not in the zoo: left out")
+        source = find_model(name, arguments.runs)
+        if source is None:
             continue
-        loader, model = _prepared(name, "random" if training.endswith("random") else "attention", arguments.root)
+        loader, model = _prepared(source, "random" if training.endswith("random") else "attention", arguments.root)
         for strength in STRENGTHS:
             torch.manual_seed(0)
             model.method.set_strength(model, strength)
@@ -58,10 +57,10 @@ def main() -> None:
     draw(rows, "training", title, arguments.output.with_suffix(".png"))
 
 
-def _prepared(name: str, criterion: Any, root: Path) -> tuple[EvaluationLoader, Any]:
+def _prepared(source: str | Path, criterion: Any, root: Path) -> tuple[EvaluationLoader, Any]:
     """The photographs and the model; a dense one is made prunable, at the trained one's ratios."""
     model: nn.Module
-    model, card = load_model(name)
+    model, card = load_model(source)
     loader = photographs(card, "folder", root)
     if card.method is None:
         trained, _ = load_model(TRAINED)

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_and_cost import draw, measure, training_images
+from accuracy_and_cost import draw, find_model, measure, training_images
 
 from thrifty import count_macs, set_budget
 from thrifty.cli.bench import write_csv
 from thrifty.cli.options import photographs
 from thrifty.machine import machine, versions
 from thrifty.zoo.nets import build
-from thrifty.zoo.records import records
 from thrifty.zoo.store import load_model
 
 COMPARED = {
@@ -50,20 +49,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for kind, names in COMPARED.items():
         for name in names:
-            source = _source(name, arguments.runs)
-            if source is None:
-                print(f"{name} is neither in the zoo nor among the runs: left out")
-                continue
-            rows += _measured(kind, name, source, arguments.root, whole)
+            source = find_model(name, arguments.runs)
+            if source is not None:
+                rows += _measured(kind, name, source, arguments.root, whole)
     write_csv(arguments.output, rows, {**machine(), **versions("torch")})
     draw(rows, "method", "ResNet-20 at lower cost, beside smaller networks", arguments.output.with_suffix(".png"))
-
-
-def _source(name: str, runs: Path) -> str | Path | None:
-    if name in {record.name for record in records()}:
-        return name
-    path = runs / name / "model.safetensors"
-    return path if path.is_file() else None
 
 
 def _measured(method: str, name: str, source: str | Path, root: Path, whole: int) -> list[dict[str, Any]]:
