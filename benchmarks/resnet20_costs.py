@@ -23,7 +23,7 @@ from thrifty.zoo.store import load_model
 
 COMPARED = {
     "dense": ("resnet20-cifar10", "resnet14-cifar10", "resnet20-cifar10-narrow"),
-    "LC-Net": ("resnet20-cifar10-lcnet",),
+    "LC-Net": ("resnet20-cifar10-lcnet-70", "resnet20-cifar10-lcnet"),
     "C-Net": ("resnet20-cifar10-cnet",),
     "L-Net": ("resnet20-cifar10-lnet",),
     "sampled layer gates": ("resnet20-cifar10-gumbel",),
@@ -31,7 +31,7 @@ COMPARED = {
 }
 """What is skipped -> models, from the zoo or from runs; those that are nowhere are left out."""
 
-LOWER = {"LC-Net": (0.45, 0.4, 0.35), "C-Net": (0.45, 0.4, 0.35)}
+LOWER = {"resnet20-cifar10-lcnet": (0.45, 0.4, 0.35), "resnet20-cifar10-cnet": (0.45, 0.4, 0.35)}
 """Shares of the dense MACs that a threshold brings models down to, beside their own."""
 
 MEASURED_ON = 512
@@ -63,7 +63,7 @@ def _measured(method: str, name: str, source: str | Path, root: Path, whole: int
     loader = photographs(card, "folder", root)
     few = training_images(card, root, MEASURED_ON)
     rows = [measure(model, loader, whole, method=method, model=name, budget=None)]
-    for share in LOWER.get(method, ()):
+    for share in LOWER.get(name, ()):
         set_budget(model, share, few)
         rows.append(measure(model, loader, whole, method=method, model=name, budget=share))
     return rows

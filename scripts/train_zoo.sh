@@ -20,7 +20,7 @@ models=(
     mcifarnet-cifar10{,-fbs,-fbs-70}
 )
 # What `make bench-accuracy` sets beside them; not in the package.
-compared=(resnet20-cifar10{-antidote-random,-gumbel,-narrow} resnet14-cifar10)
+compared=(resnet20-cifar10{-antidote-random,-gumbel,-lcnet-70,-narrow} resnet14-cifar10)
 for recipe in {resnet20,resnet56,mcifarnet}-cifar10-base mcifarnet-cifar10-start "${models[@]}" "${compared[@]}"; do
     train "$recipe"
 done
