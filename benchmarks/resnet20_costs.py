@@ -53,7 +53,7 @@ def main() -> None:
             if source is not None:
                 rows += _measured(kind, name, source, arguments.root, whole)
     write_csv(arguments.output, rows, {**machine(), **versions("torch")})
-    draw(rows, "method", "ResNet-20 at lower cost, beside smaller networks", arguments.output.with_suffix(".png"))
+    draw(rows, "method", "What ResNet-20 reaches at which cost", arguments.output.with_suffix(".png"))
 
 
 def _measured(method: str, name: str, source: str | Path, root: Path, whole: int) -> list[dict[str, Any]]:
