@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thrifty.cli.bench import write_csv
 from thrifty.cli.options import photographs
 from thrifty.data.loader import EvaluationLoader
 from thrifty.evaluation import evaluate
 from thrifty.files import replacing
+from thrifty.machine import machine, versions
 from thrifty.zoo.records import records
 from thrifty.zoo.store import ModelCard
+
+
+def parser_of(description: str | None, name: str) -> argparse.ArgumentParser:
+    """The options that all take: where the photographs are, and where the CSV of that name goes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=Path(f"benchmarks/results/{name}.csv"))
+    return parser
+
+
+def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write the rows as CSV, with the machine and the versions beside each."""
+    write_csv(path, list(rows), {**machine(), **versions("torch")})
 
 
 def find_model(name: str, runs: Path) -> str | Path | None:

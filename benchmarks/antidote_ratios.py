@@ -6,19 +6,16 @@ DATA holds test/<class>/*.jpg. Writes a CSV and, beside it, a plot (needs the ex
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_and_cost import draw, find_model, measure
+from accuracy_and_cost import draw, find_model, measure, parser_of, write
 from torch import nn
 
 from thrifty import AntiDote, convert
-from thrifty.cli.bench import write_csv
 from thrifty.cli.options import photographs
 from thrifty.data.loader import EvaluationLoader
-from thrifty.machine import machine, versions
 from thrifty.zoo.store import load_model
 
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -36,10 +33,8 @@ COMPARED = {
 
 def main() -> None:
     """Evaluate each model at each strength."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, required=True)
+    parser = parser_of(__doc__, "antidote_ratios")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/antidote_ratios.csv"))
     arguments = parser.parse_args()
     rows = []
     for training, name in COMPARED.items():
@@ -52,7 +47,7 @@ def main() -> None:
             model.method.set_strength(model, strength)
             labels = {"training": training, "model": name, "strength": strength}
             rows.append(measure(model, loader, model.conversion.total_macs, **labels))
-    write_csv(arguments.output, rows, {**machine(), **versions("torch")})
+    write(rows, arguments.output)
     title = "ResNet-20, channels and columns pruned inside the blocks"
     draw(rows, "training", title, arguments.output.with_suffix(".png"))
 

@@ -6,17 +6,13 @@ DATA holds test/<class>/*.jpg. Budgets are set on photographs of the training se
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_and_cost import measure, training_images
+from accuracy_and_cost import measure, parser_of, training_images, write
 
 from thrifty import set_budget
-from thrifty.cli.bench import write_csv
 from thrifty.cli.options import photographs
-from thrifty.machine import machine, versions
 from thrifty.zoo.store import load_model
 
 MODEL = "resnet20-cifar10-any"
@@ -26,10 +22,7 @@ MEASURED_ON = 64
 
 def main() -> None:
     """Evaluate at each budget."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, required=True)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/budgets.csv"))
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__, "budgets").parse_args()
     torch.set_flush_denormal(True)
     model: Any
     model, card = load_model(MODEL)
@@ -39,7 +32,7 @@ def main() -> None:
     for budget in BUDGETS:
         set_budget(model, budget, few)
         rows.append(measure(model, loader, model.conversion.total_macs, model=MODEL, budget=budget))
-    write_csv(arguments.output, rows, {**machine(), **versions("torch")})
+    write(rows, arguments.output)
 
 
 if __name__ == "__main__":

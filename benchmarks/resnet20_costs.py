@@ -7,17 +7,14 @@ the recipes of their names. Writes a CSV and, beside it, a plot (needs the extra
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_and_cost import draw, find_model, measure, training_images
+from accuracy_and_cost import draw, find_model, measure, parser_of, training_images, write
 
 from thrifty import count_macs, set_budget
-from thrifty.cli.bench import write_csv
 from thrifty.cli.options import photographs
-from thrifty.machine import machine, versions
 from thrifty.zoo.nets import build
 from thrifty.zoo.store import load_model
 
@@ -39,10 +36,8 @@ MEASURED_ON = 512
 
 def main() -> None:
     """Evaluate each model at its own cost and at lower ones."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, required=True)
+    parser = parser_of(__doc__, "resnet20_costs")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/resnet20_costs.csv"))
     arguments = parser.parse_args()
     torch.set_flush_denormal(True)
     whole = int(count_macs(build("resnet20"), torch.zeros(1, 3, 32, 32)).total[0])
@@ -52,7 +47,7 @@ def main() -> None:
             source = find_model(name, arguments.runs)
             if source is not None:
                 rows += _measured(kind, name, source, arguments.root, whole)
-    write_csv(arguments.output, rows, {**machine(), **versions("torch")})
+    write(rows, arguments.output)
     draw(rows, "method", "What ResNet-20 reaches at which cost", arguments.output.with_suffix(".png"))
 
 
@@ -61,11 +56,12 @@ def _measured(method: str, name: str, source: str | Path, root: Path, whole: int
     model: Any
     model, card = load_model(source)
     loader = photographs(card, "folder", root)
-    few = training_images(card, root, MEASURED_ON)
     rows = [measure(model, loader, whole, method=method, model=name, budget=None)]
-    for share in LOWER.get(name, ()):
-        set_budget(model, share, few)
-        rows.append(measure(model, loader, whole, method=method, model=name, budget=share))
+    if name in LOWER:
+        few = training_images(card, root, MEASURED_ON)
+        for share in LOWER[name]:
+            set_budget(model, share, few)
+            rows.append(measure(model, loader, whole, method=method, model=name, budget=share))
     return rows
 
 

@@ -66,9 +66,8 @@ def test_masks_keep_the_highest_attention(
 
 
 def gate_of(criterion: Any = "attention", *, straight_through: bool) -> AttentionGate:
-    gate = AttentionGate(torch.Size((6, 5, 7)), criterion)
+    gate = AttentionGate(torch.Size((6, 5, 7)), criterion, straight_through=straight_through)
     gate.set_ratios(0.5, 0.6)
-    gate.straight_through = straight_through
     return gate.train()
 
 

@@ -31,7 +31,7 @@ from thrifty.density import Density, check_patterns, densities_of, density_for, 
 from thrifty.errors import LoweringError, ThriftyError
 from thrifty.gates import InputGate, LoweredGate, MaskedConv, SpreadGate, mean_magnitude, top_k_mask
 from thrifty.graph import ConvSite, replace_module
-from thrifty.methods.base import MethodConfig, on_the_way, sampled_offset
+from thrifty.methods.base import MethodConfig, on_the_way, spread_budgets
 
 if TYPE_CHECKING:
     from thrifty.dynamic import Dynamic
@@ -105,10 +105,9 @@ class AntiDote(MethodConfig):
             note = refused[site.name]
             gate = None
             if not note:
-                gate = AttentionGate(site.input_shape, self.criterion, self.dropout)
+                gate = AttentionGate(site.input_shape, self.criterion, self.dropout, self.straight_through)
                 gate.map_size = site.map_size
                 gate.target = (channels[site.name], columns[site.name])
-                gate.straight_through = self.straight_through
                 gate.set_ratios(*gate.target)
                 if gate.decides() == (False, False):
                     gate, note = None, "its ratios keep everything"
@@ -148,8 +147,7 @@ class AntiDote(MethodConfig):
     def advance(self, model: Dynamic, progress: float) -> None:
         """Put the schedule's ratios for this share of the run into every gate."""
         if self.one_for_all:
-            for gate in _gates(model).values():
-                gate.spread_from(sampled_offset(progress) if progress < 1 else None)
+            spread_budgets(_gates(model).values(), progress)
             return
         for gate in _gates(model).values():
             gate.set_ratios(*(self.ratio_at(progress, target) for target in gate.target))
@@ -177,16 +175,21 @@ class AttentionGate(InputGate, SpreadGate):
     kept_channels: Tensor
     kept_columns: Tensor
 
-    def __init__(self, shape: torch.Size, criterion: Criterion = "attention", dropout: Dropout = "targeted") -> None:
+    def __init__(
+        self,
+        shape: torch.Size,
+        criterion: Criterion = "attention",
+        dropout: Dropout = "targeted",
+        straight_through: bool = False,
+    ) -> None:
         super().__init__()
         self.channels, self.positions = shape[0], shape[1:].numel()
         self.map_size = self.positions
-        self.criterion, self.dropout = criterion, dropout
+        self.criterion, self.dropout, self.straight_through = criterion, dropout, straight_through
         # Tensors, so that they travel with the weights and a change of ratios compiles nothing anew.
         self.register_buffer("kept_channels", torch.tensor(self.channels))
         self.register_buffer("kept_columns", torch.tensor(self.positions))
         self.target = (0.0, 0.0)
-        self.straight_through = False
         self.by_channels = self.by_columns = False
         self.prepare_spread()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,6 +17,7 @@ from thrifty.errors import ThriftyError
 if TYPE_CHECKING:
     from thrifty.conversion import Place
     from thrifty.dynamic import Dynamic
+    from thrifty.gates import SpreadGate
     from thrifty.graph import ConvSite
 
 Where = Callable[[str, nn.Module], bool] | str | tuple[str, ...] | None
@@ -28,6 +29,12 @@ def sampled_offset(progress: float) -> float:
     It depends on `progress` alone, so that a resumed run draws what the unbroken one does.
     """
     return random.Random(repr(progress)).random()
+
+
+def spread_budgets(gates: Iterable[SpreadGate], progress: float) -> None:
+    """Give every image of the step at `progress` a budget of its own, the same ones to all gates; at 1 no longer."""
+    for gate in gates:
+        gate.spread_from(sampled_offset(progress) if progress < 1 else None)
 
 
 def on_the_way(

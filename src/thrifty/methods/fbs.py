@@ -41,7 +41,7 @@ from thrifty.gates import (
     top_k_mask,
 )
 from thrifty.graph import ConvSite, gate_outputs
-from thrifty.methods.base import MethodConfig, on_the_way, sampled_offset
+from thrifty.methods.base import MethodConfig, on_the_way, spread_budgets
 
 if TYPE_CHECKING:
     from thrifty.dynamic import Dynamic
@@ -135,8 +135,7 @@ class FBS(MethodConfig):
     def advance(self, model: Dynamic, progress: float) -> None:
         """Put the schedule's density for this share of the run into every gate."""
         if self.one_for_all:
-            for gate in _gates(model).values():
-                gate.spread_from(sampled_offset(progress) if progress < 1 else None)
+            spread_budgets(_gates(model).values(), progress)
             return
         for name, gate in _gates(model).items():
             gate.set_density(self.density_at(progress, self.density_for(name)))
