@@ -96,6 +96,7 @@ def _environment(recipe: dict[str, Any]) -> dict[str, Any]:
     return {
         "CPU": f"{found['CPU']} ({', '.join(found['features'])})",
         "threads": recipe["threads"],
+        "precision": recipe.get("precision", "float32"),
         "python": platform.python_version(),
         "torch": torch.__version__.partition("+")[0],
     }

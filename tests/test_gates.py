@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from thrifty.converter import convert
 from thrifty.density import check_density, kept
 from thrifty.errors import LoweringError, ThriftyError
 from thrifty.gates import ChannelGate, Gate, GatedConv, LoweredGate, MeanPredictor, mean_magnitude, top_k_mask
+from thrifty.methods import FBS, AntiDote, LCNet, MethodConfig
+from thrifty.zoo.nets import resnet20
 
 FEW_VALUES = st.sampled_from([0.0, -0.0, 0.5, 1.0, -1.0])
 
@@ -75,6 +80,39 @@ def test_gated_conv_scales_behind_the_norm() -> None:
     assert torch.equal(y[:, 0::2], 3 * norm(conv(x))[:, 0::2])
     assert (y[:, 1::2] == 0).all()
     assert torch.equal(GatedConv(conv, None, Alternating(4))(x)[:, 0::2], 3 * conv(x)[:, 0::2])
+
+
+@pytest.mark.parametrize("method", [FBS(density=0.5), AntiDote(channels=0.4, columns=0.5), LCNet()])
+def test_gates_decide_in_single_precision_where_layers_do_not(method: MethodConfig) -> None:
+    torch.manual_seed(1)
+    model = convert(resnet20().eval(), method, torch.zeros(1, 3, 16, 16))
+    seen: list[tuple[str, Any, Tensor]] = []
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda gate, inputs, output: seen.append((name, gate.decision(output), inputs[0]))
+
+    hooks = [gate.register_forward_hook(note(name)) for name, gate in model.gates().items()]
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(torch.randn(4, 3, 16, 16))
+    for hook in hooks:
+        hook.remove()
+    assert logits.dtype == torch.bfloat16
+    assert {name for name, _, _ in seen} == set(model.gates())
+    for name, decision, x in seen:
+        assert x.dtype == torch.float32
+        again = model.gates()[name]
+        for axis, expected in vars(again.decision(again(x))).items():
+            given = getattr(decision, axis)
+            assert given is expected or torch.equal(given, expected), (name, axis)
+
+
+def test_skipped_channels_are_exact_zeros_in_mixed_precision_too() -> None:
+    gated = GatedConv(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4).eval(), Alternating(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = gated(torch.randn(2, 2, 5, 5))
+    assert y.dtype == torch.bfloat16
+    assert (y[:, 1::2] == 0).all()
+    assert (y[:, 0::2] != 0).any()
 
 
 def test_gated_conv_shows_its_convolution() -> None:

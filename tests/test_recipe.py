@@ -105,6 +105,7 @@ def test_changes_lie_on_top(plain):
         ("optimiser.nesterov=1", "optimiser.nesterov: "),
         ("optimiser.momentum=0", "optimiser: nesterov needs momentum above 0; set nesterov: false"),
         ("schedule.kind=step", "schedule.kind: input should be 'cosine', 'onecycle' or 'constant', not 'step'"),
+        ("precision=half", "precision: input should be 'float32' or 'bfloat16', not 'half'"),
         ("data.source=imagenet", "data.source: "),
         ("data.mean=[1, 2]", "data.mean"),
         ("data.std=[1, 2, 0]", "data.std.2: input should be greater than 0"),

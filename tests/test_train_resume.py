@@ -102,6 +102,20 @@ def test_stopped_at_every_step_of_the_whole_run(root, teacher, unbroken, tmp_pat
     assert_same_run(tmp_path / "run", unbroken)
 
 
+def test_mixed_precision_resumes_too_and_leaves_weights_in_single_precision(root, teacher, unbroken, tmp_path):
+    recipe = everything(root, teacher, precision="bfloat16")
+    Trainer(recipe, tmp_path / "whole").run()
+    stop_at(everything(root, teacher, precision="bfloat16", checkpoint=EVERY_STEP), tmp_path / "run", epoch=1, step=3)
+    Trainer(recipe, tmp_path / "run", resume=True).run()
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    weights, single = (load_file(run / "model.safetensors") for run in (tmp_path / "whole", unbroken))
+    for name, weight in weights.items():
+        assert weight.dtype == single[name].dtype
+        if weight.is_floating_point():
+            torch.testing.assert_close(weight, single[name], rtol=0.1, atol=0.1)
+    assert not torch.equal(weights["0.conv.weight"], single["0.conv.weight"])
+
+
 def test_checkpoints_by_epoch_alone(root, teacher, unbroken, tmp_path):
     recipe = everything(root, teacher, checkpoint={"epochs": 2})
     stop_at(recipe, tmp_path / "run", epoch=2, step=3)

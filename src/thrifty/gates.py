@@ -92,6 +92,18 @@ class Gate(nn.Module, ABC):
         """
 
 
+def decide(gate: Gate, x: Tensor) -> tuple[Any, ...]:
+    """What `gate` says of the map x; in mixed precision it still computes in single precision.
+
+    Scores rounded to the 8 bits of bfloat16 would tie, and training would take other channels than evaluation.
+    """
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return gate(x)  # type: ignore[no-any-return]
+    with torch.autocast(kind, enabled=False):
+        return gate(x.float())  # type: ignore[no-any-return]
+
+
 class Predictor(ABC):
     """A gate's linear predictor of scores from features of the map that it reads."""
 
@@ -280,11 +292,11 @@ class GatedConv(Wrapper):
         self.gate = gate
 
     def forward(self, x: Tensor) -> Tensor:
-        scale, _ = self.gate(x)
+        scale, _ = decide(self.gate, x)
         y = self.conv(x)
         if self.norm is not None:
             y = self.norm(y)
-        return y * scale[:, :, None, None]
+        return y * scale[:, :, None, None].to(y.dtype)
 
 
 class MaskedConv(Wrapper):
@@ -298,7 +310,7 @@ class MaskedConv(Wrapper):
         self.gate = gate
 
     def forward(self, x: Tensor) -> Tensor:
-        kept, _, _ = self.gate(x)
+        kept, _, _ = decide(self.gate, x)
         return self.conv(kept)
 
 
@@ -328,7 +340,7 @@ class LayerEntry(Wrapper):
         self.link = link
 
     def forward(self, x: Tensor) -> Tensor:
-        self.link.scale, _ = self.gate(x)
+        self.link.scale, _ = decide(self.gate, x)
         return self.module(x)
 
 
@@ -344,7 +356,7 @@ class LayerExit(Wrapper):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.module(x)
-        return y * self.link.take().reshape(-1, *[1] * (y.ndim - 1))
+        return y * self.link.take().reshape(-1, *[1] * (y.ndim - 1)).to(y.dtype)
 
 
 def layer_names(model: nn.Module) -> dict[str, str]:

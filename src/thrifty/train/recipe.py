@@ -140,6 +140,9 @@ class Recipe(_Section):
     label_smoothing: Share = 0.0
     distill: DistillSection | None = None
     ema: Share | None = Field(None, description="decay of the moving average of weights that is evaluated and kept")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of layers in a training step; weights, gates and the loss are float32 in either"
+    )
     compile: bool = Field(False, description="compile the training step with torch.compile (needs a C++ compiler)")
     threads: int | None = Field(None, ge=1, description="CPU threads of a process; none takes torch's choice")
     checkpoint: CheckpointSection = CheckpointSection()

@@ -142,6 +142,11 @@ class Trainer:
     def _compiled(self, model: Any) -> Any:
         return torch.compile(model) if self.recipe.compile and model is not None else model
 
+    def _precision(self) -> torch.autocast:
+        """In which layers compute what they can in the recipe's precision."""
+        mixed = self.recipe.precision == "bfloat16"
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=mixed)
+
     def _modules(self) -> dict[str, nn.Module]:
         return {"model": self.model} | ({} if self.average is None else {"average": self.average})
 
@@ -189,7 +194,8 @@ class Trainer:
             group["lr"] = self.recipe.optimiser.learning_rate * factor * group["scale"]
         torch.manual_seed(loader.seed_of("step", self.recipe.seed, done, self.accelerator.process_index))
         x, y = x.to(self.accelerator.device), y.to(self.accelerator.device)
-        logits = check_logits(self.step_model(x), self.recipe.model.net)
+        with self._precision():
+            logits = check_logits(self.step_model(x), self.recipe.model.net).float()
         loss = self._loss(logits, x, y)
         value, correct = loss.item(), int((logits.detach().argmax(1) == y).sum())
         self._count(value, correct, len(y))
@@ -226,8 +232,8 @@ class Trainer:
         loss = classification_loss(logits, y, self.recipe.label_smoothing)
         section = self.recipe.distill
         if self.teacher is not None and section is not None:
-            with torch.no_grad():
-                taught = self.teacher(x)
+            with torch.no_grad(), self._precision():
+                taught = self.teacher(x).float()
             soft = distillation_loss(logits, taught, section.temperature)
             loss = (1 - section.weight) * loss + section.weight * soft
         if isinstance(self.model, Dynamic):
