@@ -23,13 +23,18 @@ SIDES = {"resnet18": 224, "resnet50": 224, "vgg16_bn": 224}
 METHODS: dict[str, dict[str, tuple[str, ...]]] = {
     "fbs": dict.fromkeys(("resnet18", "vgg16_bn", "mcifarnet", "resnet20", "resnet56", "vgg16"), ()),
     "antidote": {
-        "resnet56": ("channels=[0.3, 0.3, 0.6]", "columns=0.6"),
-        "vgg16": ("channels=[0.2, 0.2, 0.6, 0.9, 0.9]",),
-        "resnet18": ("channels=0.5", "columns=0.5"),
+        "resnet56": ("--set", "channels=[0.3, 0.3, 0.6]", "--set", "columns=0.6"),
+        "vgg16": ("--set", "channels=[0.2, 0.2, 0.6, 0.9, 0.9]"),
+        "resnet18": ("--set", "channels=0.5", "--set", "columns=0.5"),
     },
-    "lcnet": {"resnet56": ("target=0.5",), "resnet50": ("target=0.5",)},
+    "lcnet": {
+        "resnet56-cifar10-lcnet": ("--photographs", "sample"),
+        "resnet56": ("--set", "target=0.5"),
+        "resnet50": ("--set", "target=0.5"),
+    },
 }
-"""Method -> network -> settings, those of the paper where it gives any. FBS runs at `--density`."""
+"""Method -> network -> options: settings, those of the paper where it gives any, or the photographs that a trained
+model decides on. FBS runs at `--density`."""
 
 BARS = {
     ("fbs", "resnet18"): 0.85, ("fbs", "vgg16_bn"): 0.85, ("fbs", "mcifarnet"): 0.85, ("lcnet", "resnet50"): 0.85,
@@ -60,10 +65,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         for net in nets:
             file = Path(directory) / "rows.csv"
-            command = [sys.executable, "-m", "thrifty", "bench", net, "--csv", str(file)]
+            command = [sys.executable, "-m", "thrifty", "bench", net, "--csv", str(file), *cases[net]]
             command += ["--image", str(SIDES.get(net, 32)), "--method", arguments.method]
-            for setting in cases[net]:
-                command += ["--set", setting]
             for option in ("density", "threads", "batch") if arguments.method == "fbs" else ("threads", "batch"):
                 command += [f"--{option}", *getattr(arguments, option)]
             subprocess.run([*command, "--seconds", arguments.seconds], check=True)  # noqa: S603 (our own command line)

@@ -90,8 +90,9 @@ def others() -> str:
             cells = [*_dense_cells(same), name, f"{float(row['mac_ratio']):.3f}", _against_others(row)]
             lines.append(f"| {' | '.join(cells)} |")
     note = (
-        "The same for AntiDote at its paper's ratios (ResNet-18: half of channels and columns) and for LC-Net with\n"
-        f"random gates at half of the MACs; measured by `make bench` on {'; '.join(sorted(machines))}."
+        "The same for AntiDote at its paper's ratios (ResNet-18: half of channels and columns) and for LC-Net at half\n"
+        "of the MACs: the zoo's model on the photographs that ship, and networks with random gates. Measured by\n"
+        f"`make bench` on {'; '.join(sorted(machines))}; `benchmarks/results/lcnet.csv` has further percentiles."
     )
     return "\n".join([*lines, "", note, ""])
 

@@ -15,13 +15,17 @@ from typing import Any
 import torch
 import yaml
 
-from thrifty import count_macs
+from thrifty import Dynamic, count_macs, set_budget
 from thrifty.cli.options import photographs
+from thrifty.data.loader import EvaluationLoader
 from thrifty.errors import ThriftyError
 from thrifty.evaluation import evaluate
 from thrifty.files import replacing, sha256
 from thrifty.machine import machine
+from thrifty.methods.budget import budgeted
 from thrifty.train import checkpoint
+from thrifty.train.build import load_data
+from thrifty.train.recipe import Recipe
 from thrifty.zoo.compilation import compile_record
 from thrifty.zoo.nets import build
 from thrifty.zoo.records import WEIGHTS, Record
@@ -32,6 +36,12 @@ DESCRIPTIONS = {
     "under those on the original bytes, and compare only with models of the same files.",
     "cifar10": "CIFAR-10, original bytes.",
 }
+
+BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+"""Shares of the dense MACs at which a record tells what a model reaches that can be set to them."""
+
+MEASURED_ON = 256
+"""Photographs held out of training by which a budget is set."""
 
 
 def main() -> None:
@@ -77,6 +87,7 @@ def main() -> None:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         made_with=_environment(recipe),
         sha256=sha256(source),
+        curve=_curve(model, recipe, arguments.root),
     )
     compile_record(record)
     print(f"{name}: {record.accuracy:.4f} on {record.data['test']} photographs, {result.macs}")
@@ -89,6 +100,29 @@ def _lineage(recipe: dict[str, Any]) -> list[tuple[str, int]]:
         return []
     parent = yaml.safe_load((Path(weights).parent / "recipe.yaml").read_text(encoding="utf-8"))
     return [*_lineage(parent), (parent["name"], parent["epochs"])]
+
+
+def _curve(model: Any, recipe: dict[str, Any], root: Path) -> tuple[dict[str, float], ...]:
+    """Accuracy and cost on the photographs held out, at each budget that the model can be set to; it stays at the last.
+
+    Empty for a model that was trained for one density.
+    """
+    if not isinstance(model, Dynamic) or not (budgeted(model) or getattr(model.method, "one_for_all", False)):
+        return ()
+    settings = Recipe.model_validate(recipe | {"data": recipe["data"] | {"root": str(root)}})
+    _, held = load_data(settings)
+    loader = EvaluationLoader(held, settings.data.mean, settings.data.std, batch_size=MEASURED_ON)
+    few, _ = next(iter(loader))
+    rows = []
+    for budget in BUDGETS:
+        try:
+            set_budget(model, budget, few)
+        except ThriftyError as error:
+            print(f"no budget under {budget}: {error}")
+            break
+        found = evaluate(model, loader)
+        rows.append({"budget": budget, "accuracy": found.accuracy, "macs": found.macs.mean})
+    return tuple(rows)
 
 
 def _environment(recipe: dict[str, Any]) -> dict[str, Any]:

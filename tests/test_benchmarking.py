@@ -280,6 +280,16 @@ def test_macs_are_those_of_the_images_that_were_timed(subject: Subject) -> None:
     assert row.speed_up is row.efficiency is None
 
 
+def test_images_that_are_given_are_the_ones_measured(subject: Subject) -> None:
+    few = random_images(3, subject.shape, seed=5)
+    rows = run_bench(subject, [0.5], batches=[1, 3], peers=[], seconds=0.01, images=few).rows
+    assert subject.dynamic is not None
+    expected = Engine(subject.dynamic).trace(few).macs.mean()
+    assert [row.macs for row in rows if row.method] == pytest.approx([expected, expected])
+    with pytest.raises(ThriftyError, match="3 photographs don't fill a batch of 4"):
+        run_bench(subject, [0.5], batches=[4], peers=[], images=few)
+
+
 def test_nothing_is_timed_where_answers_differ(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     other = small_net()
     with torch.no_grad():
@@ -299,7 +309,16 @@ def test_own_and_given_densities_do_not_mix(subject: Subject) -> None:
 
 def row_of(**values: Any) -> Row:
     base = {"model": "m", "image": 1, "batch": 1, "threads": 1, "engine": "thrifty", "method": "", "density": None}
-    times = {"ms": 1.23456789, "ms_p10": 1.0, "ms_p90": 2.0, "calls": 3, "images_per_second": 1.0, "macs": 12345678.0}
+    times = {
+        "ms": 1.23456789,
+        "ms_p10": 1.0,
+        "ms_p90": 2.0,
+        "ms_p95": 2.0,
+        "ms_p99": 2.0,
+        "calls": 3,
+        "images_per_second": 1.0,
+        "macs": 12345678.0,
+    }
     rest = {"mac_ratio": 1.0, "fastest": "", "speed_up": None, "efficiency": None, "scaling": None, "error": None}
     return Row(**(base | times | rest | {"setting": ""} | values))
 

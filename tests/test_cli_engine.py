@@ -70,10 +70,20 @@ def test_bench_of_a_shipped_model_runs_at_the_densities_that_it_was_trained_with
     assert "efficiency" in text
 
 
+def test_bench_on_photographs_measures_what_trained_gates_decide() -> None:
+    model = "resnet20-cifar10-lcnet"
+    report = json.loads(output("bench", model, "--photographs", "sample", "--peers", "none", *QUICK, "--json"))
+    (row,) = (row for row in report["rows"] if row["method"])
+    assert row["macs"] == pytest.approx(thrifty.zoo.record(model).macs, rel=0.01)
+    assert row["ms_p10"] <= row["ms"] <= row["ms_p90"] <= row["ms_p95"] <= row["ms_p99"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("bench", "no_such_net"), "no network 'no_such_net'"),
+        (("bench", "resnet20", "--photographs", "sample"), "does not say how photographs become its inputs"),
+        (("bench", DYNAMIC, "--photographs", "no/such/folder"), "no file or folder no/such/folder"),
         (("bench", "resnet20", "--peers", "tensorflow"), "no peer 'tensorflow'"),
         (("bench", "resnet20", "--method", "magic"), "no method 'magic'"),
         (("bench", "resnet20", "--density", "2", *QUICK, "--peers", "none"), "density is 2"),

@@ -34,7 +34,7 @@ class Row:
         method: '' for the dense network.
         density: share of channels kept in gated layers; None for a dense network or a trained model's own.
         ms: median milliseconds of a call.
-        ms_p10, ms_p90: its 10th and 90th percentile.
+        ms_p10, ms_p90, ms_p95, ms_p99: its percentiles.
         calls: that were timed.
         images_per_second: at the median.
         macs: mean of an image, gates included.
@@ -58,6 +58,8 @@ class Row:
     ms: float
     ms_p10: float
     ms_p90: float
+    ms_p95: float
+    ms_p99: float
     calls: int
     images_per_second: float
     macs: float
@@ -108,6 +110,7 @@ def run_bench(
     peers: Sequence[str] = PEERS,
     layers: bool = False,
     seconds: float = 1.5,
+    images: NDArray[np.float32] | None = None,
 ) -> Report:
     """Measure a network in all engines, for every number of threads and every size of batch.
 
@@ -119,17 +122,24 @@ def run_bench(
         peers: other engines, of `PEERS`.
         layers: whether to time each of our layers too.
         seconds: of timed calls for each row.
+        images: [N, C, H, W] to measure on, one after the other; random ones if not given.
 
     Raises:
-        ThriftyError: an engine does not agree with ours on the dense network, or is not installed.
+        ThriftyError: there are fewer images than a batch has; an engine does not agree with ours on the dense network,
+            or is not installed.
     """
     check_peers(peers)
+    if images is None:
+        images = random_images(max(IMAGES, *batches), subject.shape)
+    elif len(images) < max(batches):
+        raise ThriftyError(
+            f"{len(images)} photographs don't fill a batch of {max(batches)}. Give more, or a smaller --batch."
+        )
     found: list[Row] = []
     by_layer: list[LayerRow] = []
     for count in threads:
         ours = _ours(subject, densities, count)
         for batch in batches:
-            images = random_images(max(IMAGES, batch), subject.shape)
             inputs = [images[i : i + batch] for i in range(0, len(images) - batch + 1, batch)]
             runners = [*_peers(subject, peers, count, inputs[0]), *ours]
             errors = _agree(runners, inputs[0], subject)
@@ -261,6 +271,8 @@ def _row(
         ms=timing.median,
         ms_p10=timing.percentile(10),
         ms_p90=timing.percentile(90),
+        ms_p95=timing.percentile(95),
+        ms_p99=timing.percentile(99),
         calls=len(timing.seconds),
         images_per_second=batch / timing.median * 1e3,
         macs=macs,

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thrifty.errors import CheckpointError, ProgramError, ThriftyError
-from thrifty.program import GATE_ATTRIBUTES, Operator, Program, Shape
+from thrifty.program import GATE_ATTRIBUTES, Operator, Preprocessing, Program, Shape
 from thrifty.program_file import load_program
 from thrifty.zoo.records import records
 
@@ -28,6 +28,9 @@ SPREAD = 0.3
 IMAGES = 8
 """Different images that gates are made with and that are measured."""
 
+PHOTOGRAPHS = 1000
+"""Of a folder, that are measured at most."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -40,6 +43,7 @@ class Subject:
         dynamic: the network with gates, or None.
         method: name of the method that put the gates there, or ''.
         own_density: whether the densities that the dynamic network was trained with are to be measured.
+        preprocessing: of photographs, or None where the network was trained on none.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Subject:
     dynamic: Program | None
     method: str = ""
     own_density: bool = False
+    preprocessing: Preprocessing | None = None
 
     @property
     def shape(self) -> Shape:
@@ -94,22 +99,24 @@ def find_subject(
         size = card.size
         if image not in {None, size}:
             raise CheckpointError(f"{source} takes images of {size} px, --image {image} was given.")
+        preprocessing = Preprocessing(card.mean, card.std)
         if card.method is not None:
-            return _of_trained(source, model, build_net(card.net, **card.arguments), size)
+            return _of_trained(source, model, build_net(card.net, **card.arguments), size, preprocessing)
     else:
-        model, size = build_net(source), image or _usual_size(source)
+        model, size, preprocessing = build_net(source), image or _usual_size(source), None
     model = model.eval()
     example = torch.zeros(1, 3, size, size)
     dense = lower(model, example)
     if method == "none":
-        return Subject(source, dense, model, None)
+        return Subject(source, dense, model, None, preprocessing=preprocessing)
     usual = {"density": density} if hasattr(METHODS.get(method), "density") else {}
     config = method_config(method, {"where": tuple(where) or None, **(settings or usual)})
     dynamic = convert(copy.deepcopy(model), config, example, inplace=True)
     if not dynamic.gates():
         raise ThriftyError(f"{method} gates no layer of {source}: `thrifty convert {source}` tells why.")
     randomise_gates(dynamic, torch.from_numpy(random_images(images, dense.buffers[0])))
-    return Subject(source, dense, model, lower(dynamic, example), method, own_density=not usual or bool(settings))
+    gated = lower(dynamic, example)
+    return Subject(source, dense, model, gated, method, not usual or bool(settings), preprocessing)
 
 
 def random_images(count: int, shape: Shape, seed: int = 0) -> NDArray[np.float32]:
@@ -125,6 +132,26 @@ def random_images(count: int, shape: Shape, seed: int = 0) -> NDArray[np.float32
     x += rng.uniform(0.05, 1, (count, 1, 1, 1)) * rng.standard_normal(x.shape)
     x -= x.mean((1, 2, 3), keepdims=True)
     return (x / x.std((1, 2, 3), keepdims=True)).astype(np.float32)
+
+
+def photographs(files: Sequence[Path], subject: Subject) -> NDArray[np.float32]:
+    """Photographs as a trained network takes them, float32 [N, 3, H, W]: at most `PHOTOGRAPHS`, in an order of chance.
+
+    Raises:
+        DataError: a file is not an image.
+        ThriftyError: the network was trained on no photographs.
+    """
+    from thrifty.data.files import normalised, read_files  # noqa: PLC0415 (needs Pillow)
+
+    _, height, width = subject.shape
+    if subject.preprocessing is None or height != width:
+        raise ThriftyError(
+            f"{subject.name} does not say how photographs become its inputs. Leave --photographs out, or give a zoo "
+            "model, a file of weights, or a program made of one."
+        )
+    order = np.random.default_rng(0).permutation(len(files))[:PHOTOGRAPHS]
+    pixels = read_files([files[i] for i in order], height)
+    return normalised(pixels, subject.preprocessing.mean, subject.preprocessing.std)
 
 
 def without_gates(program: Program) -> Program:
@@ -206,12 +233,12 @@ def _of_program(source: str, image: int | None) -> Subject:
     if image is not None and size != (image, image):
         raise ProgramError(f"{source} takes images of {size[0]} x {size[1]} px, --image {image} was given.")
     if not program.gated:
-        return Subject(source, program, None, None)
+        return Subject(source, program, None, None, preprocessing=program.preprocessing)
     method = str((program.method or {}).get("name", "gated"))
-    return Subject(source, without_gates(program), None, program, method, own_density=True)
+    return Subject(source, without_gates(program), None, program, method, True, program.preprocessing)
 
 
-def _of_trained(source: str, model: Any, dense: nn.Module, size: int) -> Subject:
+def _of_trained(source: str, model: Any, dense: nn.Module, size: int, preprocessing: Preprocessing) -> Subject:
     """A trained dynamic model beside its dense network, whose weights are random: time does not depend on them."""
     import torch  # noqa: PLC0415
 
@@ -219,7 +246,8 @@ def _of_trained(source: str, model: Any, dense: nn.Module, size: int) -> Subject
 
     example = torch.zeros(1, 3, size, size)
     dense = dense.eval()
-    return Subject(source, lower(dense, example), dense, lower(model, example), model.method.name, own_density=True)
+    programs = lower(dense, example), lower(model, example)
+    return Subject(source, programs[0], dense, programs[1], model.method.name, True, preprocessing)
 
 
 def _usual_size(source: str) -> int:

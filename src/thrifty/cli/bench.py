@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thrifty.cli.options import Json, MethodName, MethodSettings, Several, settings_of
+from thrifty.cli.options import Json, MethodName, MethodSettings, Several, picture_files, settings_of
 from thrifty.cli.output import console, millions, number, print_json, table
+from thrifty.errors import require
 from thrifty.files import replacing
 from thrifty.machine import machine, native_features, versions
 
@@ -51,6 +52,14 @@ def run(
     peers: Annotated[
         list[str] | None, typer.Option(help="onnxruntime, openvino, torch, or none. [default: all three]")
     ] = None,
+    photographs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Measure a trained model on these photographs, or on the 'sample' that ships, one after the other: "
+            "what its gates decide, and so its time, depends on them. [default: random images]",
+        ),
+    ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Also time each of our layers.")] = False,
     seconds: Annotated[float, typer.Option(min=0.01, help="Time of measured calls for each row.")] = 1.5,
     as_json: Json = False,
@@ -69,16 +78,19 @@ def run(
     from thrifty.benchmarking import bench  # noqa: PLC0415 (needs the native part)
     from thrifty.benchmarking.peers import PEERS  # noqa: PLC0415
     from thrifty.benchmarking.subjects import IMAGES, find_subject  # noqa: PLC0415
+    from thrifty.benchmarking.subjects import photographs as read_photographs  # noqa: PLC0415
 
     wanted = [] if peers == ["none"] else list(peers or PEERS)
     bench.check_peers(wanted)
+    files = None if photographs is None else _files(photographs)
     batches = batch or [1]
     reports: list[Report] = []
     for name in models:
         settings = settings_of(changes or ())
         subject = find_subject(name, image, method, where or (), images=max(IMAGES, *batches), settings=settings)
         densities: list[float | None] = [*density] if density else [None if subject.own_density else 0.5]
-        report = bench.run_bench(subject, densities, threads or [1], batches, wanted, layers, seconds)
+        images = None if files is None else read_photographs(files, subject)
+        report = bench.run_bench(subject, densities, threads or [1], batches, wanted, layers, seconds, images)
         reports.append(report)
         if not as_json:
             _print(report)
@@ -89,6 +101,13 @@ def run(
     if as_json:
         by_layer = bench.as_records(row for report in reports for row in report.layers)
         print_json({"machine": beside, "rows": rows, "layers": by_layer})
+
+
+def _files(photographs: str) -> list[Path]:
+    require("PIL", "reading photographs", "demo")
+    from thrifty.data.files import SAMPLE  # noqa: PLC0415 (needs Pillow)
+
+    return picture_files([SAMPLE if photographs == "sample" else Path(photographs)])
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]], beside: dict[str, Any]) -> None:

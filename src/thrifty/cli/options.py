@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from thrifty.errors import ThriftyError
+from thrifty.errors import DataError, ThriftyError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,6 +39,8 @@ MethodSettings = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")]
 
+SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+"""Of pictures in folders."""
 
 WORDS = frozenset({"onnxruntime", "openvino", "torch", "none"})
 
@@ -91,6 +93,26 @@ def settings_of(changes: Iterable[str]) -> dict[str, Any]:
 
         settings[key] = parse_value(value)
     return settings
+
+
+def picture_files(pictures: Iterable[Path]) -> list[Path]:
+    """The files given, and those with the suffix of a picture in the folders given, however deep.
+
+    Raises:
+        DataError: one does not exist, or there are none.
+    """
+    pictures = list(pictures)
+    found: list[Path] = []
+    for path in pictures:
+        if path.is_dir():
+            found += sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        elif path.exists():
+            found.append(path)
+        else:
+            raise DataError(f"there is no file or folder {path}.")
+    if not found:
+        raise DataError(f"there are no pictures in {', '.join(str(path) for path in pictures)}.")
+    return found
 
 
 def may_write(path: Path, software: str) -> bool:

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thrifty.cli.options import Density, Net, Predictor, Threads, open_model, set_threads
+from thrifty.cli.options import Density, Net, Predictor, Threads, open_model, picture_files, set_threads
 from thrifty.cli.output import millions, percent, print_json_line, table
-from thrifty.errors import DataError, ProgramError, require
+from thrifty.errors import ProgramError, require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NAME = "predict"
-SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 BATCH = 64
 
 
@@ -33,7 +32,7 @@ def run(
 
     A program that `thrifty compile` has made, FILE.thrifty, runs on the engine and needs Pillow, but not torch.
     """
-    files = _files(pictures)
+    files = picture_files(pictures)
     if model.endswith(".thrifty"):
         predictions = _engine_predictions(model, net, density, threads or 1, files)
     else:
@@ -102,17 +101,3 @@ def _engine_predictions(
                 "confidence": float(shares[best]),
                 "macs": int(macs),
             }
-
-
-def _files(pictures: list[Path]) -> list[Path]:
-    found: list[Path] = []
-    for path in pictures:
-        if path.is_dir():
-            found += sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        elif path.exists():
-            found.append(path)
-        else:
-            raise DataError(f"there is no file or folder {path}.")
-    if not found:
-        raise DataError(f"there are no pictures in {', '.join(str(path) for path in pictures)}.")
-    return found

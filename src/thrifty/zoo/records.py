@@ -37,6 +37,8 @@ class Record:
         made_with: CPU, threads and versions.
         sha256: of the weights' file.
         program_sha256: of the compiled program, or None where there is none yet.
+        curve: what `set_budget` can make of it: by 'budget', a share of the dense MACs, the 'accuracy' and mean 'macs'
+            on the photographs held out of training; empty for a model that was trained for one density.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Record:
     made_with: dict[str, Any]
     sha256: str
     program_sha256: str | None = None
+    curve: tuple[dict[str, float], ...] = ()
 
     @property
     def path(self) -> Path:
@@ -94,6 +97,6 @@ def record(name: str) -> Record:
 
 def _read(path: Path) -> Record:
     values = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("lineage", "macs_percentiles"):
-        values[key] = tuple(values[key])
+    for key in ("lineage", "macs_percentiles", "curve"):
+        values[key] = tuple(values.get(key, ()))
     return Record(**values)
