@@ -19,8 +19,9 @@ from thrifty.zoo.nets import build
 from thrifty.zoo.store import load_model
 
 COMPARED = {
-    "dense": ("resnet20-cifar10", "resnet14-cifar10", "resnet20-cifar10-narrow"),
-    "LC-Net": ("resnet20-cifar10-lcnet-70", "resnet20-cifar10-lcnet"),
+    "dense": ("resnet20-cifar10", "resnet14-cifar10", "resnet8-cifar10"),
+    "dense, narrower": ("resnet20-cifar10", "resnet20-cifar10-narrow"),
+    "LC-Net": ("resnet20-cifar10-lcnet-70", "resnet20-cifar10-lcnet", "resnet20-cifar10-lcnet-35"),
     "C-Net": ("resnet20-cifar10-cnet",),
     "L-Net": ("resnet20-cifar10-lnet",),
     "sampled layer gates": ("resnet20-cifar10-gumbel",),

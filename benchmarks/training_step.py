@@ -1,4 +1,5 @@
-"""What gates cost in training: time of a step with FBS against a step of the dense network, interleaved, medians.
+"""What gates cost in training: time of a step with FBS against a step of the dense network, in single and in mixed
+precision, interleaved, medians.
 
 Usage: python benchmarks/training_step.py [--net resnet20] [--compile] [--output FILE.csv]
 """
@@ -6,7 +7,6 @@ Usage: python benchmarks/training_step.py [--net resnet20] [--compile] [--output
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable
@@ -17,13 +17,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from thrifty import FBS, convert
+from thrifty.cli.bench import write_csv
 from thrifty.dynamic import Dynamic
-from thrifty.machine import machine
+from thrifty.machine import machine, versions
 from thrifty.zoo.nets import build
 
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-def step_of(model: nn.Module, batch: int, compiled: bool) -> Callable[[], None]:
+
+def step_of(model: nn.Module, batch: int, compiled: bool, precision: str) -> Callable[[], None]:
     """A function that takes one SGD step on random photographs."""
+    mixed = precision != "float32"
     model = model.train().to(memory_format=torch.channels_last)
     run = torch.compile(model) if compiled else model
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3, momentum=0.9)
@@ -31,7 +35,9 @@ def step_of(model: nn.Module, batch: int, compiled: bool) -> Callable[[], None]:
     y = torch.randint(0, 10, (batch,))
 
     def step() -> None:
-        loss = F.cross_entropy(run(x), y)
+        with torch.autocast("cpu", PRECISIONS[precision], enabled=mixed):
+            logits = run(x)
+        loss = F.cross_entropy(logits.float(), y)
         if isinstance(model, Dynamic):
             loss = loss + model.regularization()
         optimiser.zero_grad(set_to_none=True)
@@ -56,38 +62,36 @@ def main() -> None:
     torch.manual_seed(0)
     rows = []
     for name in arguments.net:
-        dense = build(name)
-        dynamic = convert(dense, FBS(density=0.5), torch.zeros(1, 3, 32, 32))
-        steps = {"dense": step_of(dense, arguments.batch, arguments.compile)}
-        steps["fbs"] = step_of(dynamic, arguments.batch, arguments.compile)
-        times: dict[str, list[float]] = {kind: [] for kind in steps}
+        steps = {}
+        for precision in PRECISIONS:
+            dense = build(name)
+            dynamic = convert(dense, FBS(density=0.5), torch.zeros(1, 3, 32, 32))
+            for kind, model in (("dense", dense), ("fbs", dynamic)):
+                steps[precision, kind] = step_of(model, arguments.batch, arguments.compile, precision)
+        times: dict[tuple[str, str], list[float]] = {case: [] for case in steps}
         for round_number in range(arguments.rounds + 2):
-            for kind, step in steps.items():
+            for case, step in steps.items():
                 start = time.perf_counter()
                 step()
                 if round_number >= 2:
-                    times[kind].append(time.perf_counter() - start)
-        medians = {kind: statistics.median(values) for kind, values in times.items()}
-        rows.append(
-            {
-                "net": name,
-                "batch": arguments.batch,
-                "threads": arguments.threads,
-                "compiled": arguments.compile,
-                "dense_ms": round(1e3 * medians["dense"], 1),
-                "fbs_ms": round(1e3 * medians["fbs"], 1),
-                "ratio": round(medians["fbs"] / medians["dense"], 3),
-                "cpu": machine()["CPU"],
-                "torch": torch.__version__.partition("+")[0],
-            }
-        )
-        print(rows[-1])
+                    times[case].append(time.perf_counter() - start)
+        ms = {case: 1e3 * statistics.median(values) for case, values in times.items()}
+        for precision in PRECISIONS:
+            rows.append(
+                {
+                    "net": name,
+                    "batch": arguments.batch,
+                    "threads": arguments.threads,
+                    "compiled": arguments.compile,
+                    "precision": precision,
+                    "dense_ms": round(ms[precision, "dense"], 1),
+                    "fbs_ms": round(ms[precision, "fbs"], 1),
+                    "ratio": round(ms[precision, "fbs"] / ms[precision, "dense"], 3),
+                }
+            )
+            print(rows[-1])
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.output.open("w", newline="", encoding="utf-8") as stream:
-            table = csv.DictWriter(stream, fieldnames=list(rows[0]))
-            table.writeheader()
-            table.writerows(rows)
+        write_csv(arguments.output, rows, {**machine(), **versions("torch")})
 
 
 if __name__ == "__main__":

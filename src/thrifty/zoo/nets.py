@@ -79,7 +79,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet of 6 n + 2 layers for 32 px; `depth` is 20, 32, 44, 56, 110, …, `width` that of the first stage."""
+    """ResNet of 6 n + 2 layers for 32 px: `depth` is 8, 14, 20, 32, 44, 56, 110, …, `width` that of the first stage."""
 
     def __init__(self, depth: int, classes: int = 10, width: int = 16) -> None:
         super().__init__()
@@ -127,6 +127,11 @@ class VGG16(nn.Module):
         return self.fc(self.features(x).flatten(1))
 
 
+def resnet8(classes: int = 10) -> CifarResNet:
+    """CIFAR ResNet-8: 12.2 M MACs, 0.08 M parameters."""
+    return CifarResNet(8, classes)
+
+
 def resnet14(classes: int = 10) -> CifarResNet:
     """CIFAR ResNet-14: 26.4 M MACs, 0.18 M parameters."""
     return CifarResNet(14, classes)
@@ -149,6 +154,7 @@ def resnet56(classes: int = 10) -> CifarResNet:
 
 NETS: dict[str, Callable[..., nn.Module]] = {
     "mcifarnet": MCifarNet,
+    "resnet8": resnet8,
     "resnet14": resnet14,
     "resnet20": resnet20,
     "resnet32": resnet32,
