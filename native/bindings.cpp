@@ -11,6 +11,7 @@
 
 #include "executor.h"
 #include "kernels/dispatch.h"
+#include "sharing.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -331,6 +332,10 @@ NB_MODULE(_native, m) {
     m.doc() = "The native engine. Use thrifty.Engine.";
     m.def("features", &features);
     m.def("check", &check, "buffers"_a, "operators"_a, "output"_a, "limits"_a = nb::none());
+    nb::class_<thrifty::Sharing>(m, "Sharing")  // for tests
+        .def(nb::init<>())
+        .def_prop_ro("shares", &thrifty::Sharing::shares)
+        .def("took", &thrifty::Sharing::took, "seconds"_a, "now"_a);
     nb::class_<PyEngine>(m, "Engine")
         .def(nb::init<nb::handle, nb::handle, nb::handle, int, nb::handle, nb::handle, nb::handle>(), "buffers"_a,
              "operators"_a, "output"_a, "threads"_a = 1, "limits"_a = nb::none(), "mean"_a = nb::none(), "std"_a = nb::none())

@@ -4,14 +4,16 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "sharing.h"
+
 namespace thrifty {
 namespace {
 
 using Clock = std::chrono::steady_clock;
 
-double ms_since(Clock::time_point start) {
-    return std::chrono::duration<double, std::milli>(Clock::now() - start).count();
-}
+double seconds(Clock::duration time) { return std::chrono::duration<double>(time).count(); }
+
+double ms_since(Clock::time_point start) { return 1e3 * seconds(Clock::now() - start); }
 
 }  // namespace
 
@@ -22,6 +24,7 @@ struct Engine::State {
     std::mutex mutex;
     std::vector<std::unique_ptr<Context>> contexts;  // that no call uses
     std::unique_ptr<Pool> pool;
+    Sharing sharing;  // of who has the pool
     std::vector<Floats> scratch;  // of the pool's workers
     std::vector<float*> scratch_pointers;
     bool pool_taken = false;
@@ -77,6 +80,7 @@ public:
     Lease& operator=(const Lease&) = delete;
 
     Pool* pool() const { return pool_; }
+    Sharing& sharing() const { return state_.sharing; }
     Context& context(int worker = 0) const { return *contexts_[static_cast<std::size_t>(worker)]; }
     float* const* scratch() const { return state_.scratch_pointers.data(); }
 
@@ -161,8 +165,18 @@ void Engine::run(const Images& images, float* out, const Forced& forced, Trace* 
                               }, &data);
     }
     float* own_scratch = lease.context().scratch.data();
-    Team team(lease.pool(), lease.pool() ? lease.scratch() : &own_scratch);
-    for (; done < images.count; ++done) one(images, done, out, lease.context(), team, forced, trace);
+    float* const* const scratch = lease.pool() ? lease.scratch() : &own_scratch;
+    Team team(lease.pool(), scratch), alone(nullptr, scratch);
+    for (; done < images.count; ++done) {
+        if (trace || !lease.pool()) {
+            one(images, done, out, lease.context(), team, forced, trace);
+            continue;
+        }
+        const auto begun = Clock::now();
+        one(images, done, out, lease.context(), lease.sharing().shares() ? team : alone, forced, nullptr);
+        const auto end = Clock::now();
+        lease.sharing().took(seconds(end - begun), seconds(end.time_since_epoch()));
+    }
     if (trace) trace->ms = ms_since(start);
 }
 

@@ -13,6 +13,12 @@ _Decisions = Mapping[int, tuple[NDArray[Any] | None, ...]] | None
 def features() -> dict[str, Any]: ...
 def check(buffers: Sequence[Sequence[int]], operators: _Operators, output: int, limits: _Limits = None) -> None: ...
 
+class Sharing:
+    """Whether threads share short calls (native/sharing.h), for tests; seconds."""
+
+    shares: bool
+    def took(self, seconds: float, now: float) -> None: ...
+
 class Engine:
     def __init__(
         self,

@@ -96,7 +96,8 @@ class Engine:
 
     Args:
         program: what to run.
-        threads: CPU threads; images of a batch are shared out, or one image's layers.
+        threads: CPU threads; images of a batch are shared out, or one image's layers. Where that has been slower lately
+            (the system may give two threads one core between them), calls of less than 2 ms work on one thread.
 
     Raises:
         ThriftyError: `threads` is out of range, or THRIFTY_ISA names an instruction set that is not there.
