@@ -44,11 +44,13 @@ check: $(READY)
 	$(BIN)/ruff format --check src tests scripts benchmarks
 	$(BIN)/ruff check src tests scripts benchmarks
 	$(BIN)/mypy
+	$(BIN)/python scripts/readme_tables.py --check
 	$(BIN)/python -m pytest -q
 
 # An environment of its own: what is tested there needs no torch.
 $(SANITIZED)/.ready: pyproject.toml $(NATIVE) $(shell find src -name "*.py")
 	$(PYTHON) -m venv $(SANITIZED)
+	$(SANITIZED)/bin/python -m pip install --quiet --upgrade pip
 	$(SANITIZED)/bin/python -m pip install --quiet pytest hypothesis
 	$(SANITIZED)/bin/python -m pip install --quiet -C build-dir=$(SANITIZED)/cmake -C cmake.define.THRIFTY_SANITIZE=ON .
 	@touch $@
@@ -59,7 +61,7 @@ check-native: $(SANITIZED)/.ready
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(SANITIZED)/bin/python -m pytest -q --noconftest -p no:cacheprovider \
 	tests/test_engine_operators.py tests/test_engine_calls.py tests/test_engine_checks.py tests/test_engine_gates.py \
-	tests/test_conv_kernels.py tests/test_column_kernels.py
+	tests/test_conv_kernels.py tests/test_column_kernels.py tests/test_sharing.py tests/test_hostile_files.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/engine.py --output $(FIGURES)/engine.csv

@@ -96,7 +96,8 @@ inline std::size_t Needs::bytes() const {
 struct Context {
     Context(const Plan& plan, const Needs& needs);
 
-    Floats arena, aside, scratch;
+    Floats arena, aside;
+    Floats scratch;  // of a call without a pool, from the first of them on: a pool's workers have their own
     std::vector<Activity> activities;  // per buffer, of size 0 where it is not sparse
     std::vector<GateSettings> settings;  // per operator, as they stood when the call began
     std::vector<int> indices;

@@ -84,6 +84,13 @@ public:
     Context& context(int worker = 0) const { return *contexts_[static_cast<std::size_t>(worker)]; }
     float* const* scratch() const { return state_.scratch_pointers.data(); }
 
+    // For a call that has not got the pool.
+    float* own_scratch() const {
+        Floats& scratch = context().scratch;
+        if (!scratch.data()) scratch = Floats(engine_.needs_.scratch);
+        return scratch.data();
+    }
+
 private:
     Engine& engine_;
     State& state_;
@@ -92,7 +99,7 @@ private:
 };
 
 Engine::Engine(const Source& source, const Limits& limits, int threads, Normalisation normalisation)
-    : kernels_(kernels()), limits_(limits), threads_(threads), program_(validate(source, limits)),
+    : kernels_(kernels()), threads_(threads), program_(validate(source, limits)),
       plan_(make_plan(program_, limits)), normalisation_(std::move(normalisation)),
       settings_(std::make_unique<LiveSettings[]>(program_.operators.size())) {
     if (threads < 1 || threads > max_threads)
@@ -107,7 +114,7 @@ Engine::Engine(const Source& source, const Limits& limits, int threads, Normalis
         needs_.cover(steps_.back()->needs());
         store(i, program_.operators[i].settings);
     }
-    if (static_cast<std::int64_t>(needs_.bytes()) > limits.memory)
+    if (needs_.bytes() > static_cast<std::size_t>(limits.memory))
         throw std::invalid_argument("operators work in " + std::to_string(needs_.bytes()) +
                                     " bytes beside their buffers, more than the limit of " + std::to_string(limits.memory) + ".");
     fork_generation();  // from here on forks are seen
@@ -164,7 +171,7 @@ void Engine::run(const Images& images, float* out, const Forced& forced, Trace* 
                                   d.use(d.first + task, worker);
                               }, &data);
     }
-    float* own_scratch = lease.context().scratch.data();
+    float* own_scratch = lease.pool() ? nullptr : lease.own_scratch();
     float* const* const scratch = lease.pool() ? lease.scratch() : &own_scratch;
     Team team(lease.pool(), scratch), alone(nullptr, scratch);
     for (; done < images.count; ++done) {

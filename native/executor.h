@@ -94,7 +94,6 @@ private:
     void write_output(float* out, const Context& context, Team& team) const;
 
     const Kernels& kernels_;
-    Limits limits_;
     int threads_;
     Program program_;
     Plan plan_;

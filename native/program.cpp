@@ -383,6 +383,23 @@ Shape read_shape(const std::vector<int64_t>& sizes, std::size_t place, const Lim
     return {static_cast<int>(sizes[0]), static_cast<int>(sizes[1]), static_cast<int>(sizes[2])};
 }
 
+// At most so many floats of weights an operator keeps in an order of its own, beside those of the source.
+int64_t kept(const Operator& op, const std::vector<Shape>& buffers) {
+    constexpr int64_t widest = 64;  // outputs that are padded to lie side by side
+    const Shape &in = buffers[static_cast<std::size_t>(op.inputs[0])], &out = buffers[static_cast<std::size_t>(op.output)];
+    const auto padded = [&](int64_t outputs) { return (outputs + widest - 1) / widest * widest; };
+    if (op.kind == Kind::linear) return product({padded(out.channels), in.channels});
+    if (op.kind != Kind::conv) return 0;
+    const int64_t ins = in.channels / op.groups, taps = int64_t{op.kernel_height} * op.kernel_width;
+    int64_t floats = taps == 9 ? product({out.channels, ins, 16}) : 0;  // transformed 3x3 filters
+    if (op.gate == Gate::topk || op.gate == Gate::clip) floats = sum(floats, product({padded(out.channels), in.channels}));
+    if (op.gate == Gate::attention) {
+        floats = sum(floats, product({op.groups, padded(out.channels / op.groups), ins, taps}));
+        floats = sum(floats, product({op.kernel_width, in.width}));
+    }
+    return floats;
+}
+
 }  // namespace
 
 Program validate(const Source& source, const Limits& limits) {
@@ -399,20 +416,22 @@ Program validate(const Source& source, const Limits& limits) {
     written[0] = true;
     int64_t work = 0;
     std::set<const void*> seen;
-    int64_t copies = 0;  // of weights that operators share: each operator may keep them in its own order
+    int64_t given = 0, keeping = 0;  // floats: of different tensors, and that operators keep of them
     for (const auto& op : source.operators) {
         for (const auto& [role, tensor] : op.tensors)
-            if (!seen.insert(tensor.data).second) copies = sum(copies, product(tensor.shape));
-        if (copies > limits.memory / 4)
-            fail("copies of the weights that operators share take more than the limit of " + std::to_string(limits.memory) + " bytes");
+            if (seen.insert(tensor.data).second) given = sum(given, product(tensor.shape));
         program.operators.push_back(Reader(op, program.operators.size(), program.buffers).read(written, layer_gates));
         written[static_cast<std::size_t>(op.output)] = true;
         layer_gates[static_cast<std::size_t>(op.output)] = program.operators.back().kind == Kind::layer_gate;
+        keeping = sum(keeping, kept(program.operators.back(), program.buffers));
         work = sum(work, program.operators.back().work);
         if (work > limits.macs)
             fail("operator " + std::to_string(program.operators.size() - 1) + " (" + shown(op.kind) + " '" + shown(op.name) +
                  "'): the program needs more than the limit of " + std::to_string(limits.macs) + " MACs up to here");
     }
+    if (keeping / 4 > given && keeping > limits.memory / 4)
+        fail("what operators keep of their weights, each in its own order, takes more than the limit of " +
+             std::to_string(limits.memory) + " bytes");
     if (source.output < 0 || source.output >= static_cast<int64_t>(program.buffers.size()))
         fail("the program's output is buffer " + std::to_string(source.output) + ", which does not exist");
     program.output = static_cast<int>(source.output);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <limits>
 
 namespace thrifty {
@@ -24,7 +25,9 @@ public:
             if (--trial_left_ == 0) decide(now);
             return;
         }
-        last_[static_cast<std::size_t>(calls_++ % few)] = seconds;
+        last_[place_] = seconds;
+        place_ = (place_ + 1) % few;
+        calls_ = std::min(calls_ + 1, least_calls);
         if (calls_ < least_calls) return;
         if (lately() > long_call) {
             shares_ = true;
@@ -35,7 +38,8 @@ public:
     }
 
 private:
-    static constexpr int few = 5, least_calls = 8, trial_calls = 2;
+    static constexpr std::size_t few = 5;
+    static constexpr int least_calls = 8, trial_calls = 2;
     static constexpr double long_call = 2e-3;                // sharing costs microseconds a layer
     static constexpr double slower = 1.2, better = 0.95;     // than before; than the other way, to leave it
     static constexpr double first_wait = 0.1, last_wait = 0.8;  // between trials, twice as long after each that fails
@@ -53,9 +57,10 @@ private:
     }
 
     bool shares_ = true;
-    int calls_ = 0, trial_left_ = 0;
+    int calls_ = 0, trial_left_ = 0;  // calls since the last decision, as far as it matters
+    std::size_t place_ = 0;
     double trial_ = never, usual_ = never, wait_ = first_wait, next_ = 0;
-    std::array<double, few> last_{never, never, never};
+    std::array<double, few> last_{};  // not looked at before all are calls of the way that it is now
 };
 
 }  // namespace thrifty

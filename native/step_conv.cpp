@@ -52,7 +52,8 @@ private:
         s.in_height = in().shape.height, s.in_width = in().shape.width;
         s.out_height = out().shape.height, s.out_width = out().shape.width;
         s.kernel_height = op_.kernel_height, s.kernel_width = op_.kernel_width;
-        s.stride_height = op_.stride_height, s.stride_width = op_.stride_width;
+        // A stride that is never taken may be of any size.
+        s.stride_height = s.out_height > 1 ? op_.stride_height : 1, s.stride_width = s.out_width > 1 ? op_.stride_width : 1;
         s.pad_top = op_.padding.top, s.pad_left = op_.padding.left;
         s.dilation_height = op_.dilation_height, s.dilation_width = op_.dilation_width;
         s.activation = op_.activation, s.slope = op_.slope;

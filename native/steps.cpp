@@ -3,7 +3,7 @@
 namespace thrifty {
 
 Context::Context(const Plan& plan, const Needs& needs)
-    : arena(plan.arena), aside(needs.aside), scratch(needs.scratch), indices(needs.entries), marks(needs.entries),
+    : arena(plan.arena), aside(needs.aside), indices(needs.entries), marks(needs.entries),
       runs(needs.entries) {
     activities.reserve(plan.buffers.size());
     for (const Layout& layout : plan.buffers) activities.emplace_back(layout.sparse ? layout.shape.channels : 0);

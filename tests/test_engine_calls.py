@@ -353,7 +353,8 @@ def _with_isa(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("isa", [isa for isa in features()["available"] if isa != features()["isa"]])
 def test_other_instruction_sets_pass_too(isa: str) -> None:
     here = os.path.dirname(__file__)
-    files = [os.path.join(here, f"test_engine_{part}.py") for part in ("operators", "gates", "calls")]
+    parts = ("engine_operators", "engine_gates", "engine_calls", "conv_kernels", "column_kernels")
+    files = [os.path.join(here, f"test_{part}.py") for part in parts]
     alone = ["--noconftest"] if features()["sanitized"] else []  # there is no torch
     done = _with_isa(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *alone, *files)
     assert done.returncode == 0, done.stdout[-3000:]

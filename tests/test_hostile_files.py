@@ -498,6 +498,30 @@ def shared() -> bytes:
     return _file(b)
 
 
+def padded() -> bytes:
+    """Gates of one output each, whose weights are kept for sixty-four, and all share."""
+    b = Builder((1 << 19, 1, 1))
+    b.conv(0, 1, winners=1)
+    _repeat(b, 200)
+    return _file(b)
+
+
+def wide() -> bytes:
+    """A small filter whose reach over a wide map would be a table of gigabytes."""
+    b = Builder((1, 1, 1 << 16))
+    attributes = {"padding": (0, 0, (1 << 14) - 1, 1 << 14), "gate": "attention", "kept_channels": 1, "kept_columns": 5}
+    b.add("conv", (0,), (1, 1, 1 << 16), attributes, weight=b.weights(1, 1, 1, 1 << 15), bias=b.weights(1))
+    return _file(b)
+
+
+def striding() -> bytes:
+    """A stride beyond the map, whose product with the other one is more than an int holds."""
+    b = Builder((2, 1, 1 << 20))
+    attributes = {"stride": (1 << 24, 1 << 8)}
+    b.add("conv", (0,), (1, 1, 1 << 12), attributes, weight=b.weights(1, 2, 1, 1), bias=b.weights(1))
+    return _file(b)
+
+
 def chosen() -> bytes:
     """Many operators that name the same index."""
     b = Builder((1, 1, 1))
@@ -534,7 +558,7 @@ def _file(b: Builder, method: Any = None) -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
-BOMBS = (doubled, rejoined, shared, chosen, nested)
+BOMBS = (doubled, rejoined, shared, padded, wide, striding, chosen, nested)
 
 
 # -------------------------------------------------------------------------------------------------- the child process

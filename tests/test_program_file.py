@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -236,13 +236,18 @@ def test_large_finite_weights_are_fine(tmp_path: Path) -> None:
 
 def test_loading_is_quick_and_needs_no_torch(file: Path) -> None:
     code = f"import sys, thrifty; thrifty.load({str(file)!r}); print('torch' in sys.modules)"
+
+    def used() -> float:
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return spent.ru_utime + spent.ru_stime
+
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = used()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        times.append(time.perf_counter() - start)
+        times.append(used() - before)  # of the CPU: the machine may have other work
         assert done.stdout.strip() == "False"
-    assert min(times) < 0.3, f"the fastest of {len(times)} starts took {min(times):.2f} s"
+    assert min(times) < 0.3, f"the quickest of {len(times)} starts took {min(times):.2f} s of CPU time"
 
 
 def test_an_engine_saves_the_densities_that_are_set(file: Path, tmp_path: Path) -> None:

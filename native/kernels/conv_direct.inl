@@ -144,16 +144,17 @@ private:
         for (int t = 0; t < shape_.taps(); ++t) {
             const int y = t / shape_.kernel_width * shape_.dilation_height;
             const int x = t % shape_.kernel_width * shape_.dilation_width;
-            tap[t] = (y % sh * sw + x % sw) * plane + std::ptrdiff_t{y / sh} * width + x / sw;
+            tap[t] = (std::ptrdiff_t{y % sh} * sw + x % sw) * plane + std::ptrdiff_t{y / sh} * width + x / sw;
         }
         for (int a = 0; a < in.count; ++a) {
-            channel[a] = a * sh * sw * plane;
+            channel[a] = std::ptrdiff_t{a} * sh * sw * plane;
             const float* source = call.in.channel(in.index[a]) - shape_.pad_top * call.in.row - shape_.pad_left;
             for (int py = 0; py < std::min(sh, reach_down(shape_) + 1); ++py) {
-                float* const phase = phases + channel[a] + py * sw * plane;
+                float* const phase = phases + channel[a] + std::ptrdiff_t{py} * sw * plane;
                 const int rows = last_row - first_row + (reach_down(shape_) - py) / sh;
                 for (int y = 0; y < rows; ++y) {
-                    split_row(shape_, source + ((first_row + y) * sh + py) * call.in.row, phase + y * width, plane);
+                    split_row(shape_, source + (std::ptrdiff_t{first_row + y} * sh + py) * call.in.row,
+                              phase + std::ptrdiff_t{y} * width, plane);
                 }
             }
         }
@@ -165,7 +166,8 @@ private:
     }
     std::size_t tap_floats() const { return floats_of<std::ptrdiff_t>(shape_.taps()); }
     std::size_t phase_floats() const {
-        return round_up(shape_.in_per_group() * shape_.stride_height * shape_.stride_width * phase_plane() + lanes, 16);
+        const std::size_t planes = std::size_t(shape_.in_per_group()) * shape_.stride_height * shape_.stride_width;
+        return round_up(planes * phase_plane() + lanes, 16);
     }
 
     ConvShape shape_;

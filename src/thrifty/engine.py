@@ -120,6 +120,8 @@ class Engine:
             )
         except (ValueError, RuntimeError) as error:
             raise ThriftyError(str(error)) from error
+        except MemoryError as error:
+            raise ThriftyError("there is not enough memory to make the program ready to run.") from error
 
     def __call__(self, x: Any) -> Any:
         """Logits (or maps) of a batch of images, of the same kind as they are: NumPy array or torch tensor.

@@ -48,6 +48,8 @@ def main() -> None:
         status = app(standalone_mode=False)
     except ThriftyError as error:
         _fail(str(error), 1)
+    except MemoryError:
+        _fail("there is not enough memory for this.", 1)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "thrifty":
             raise
