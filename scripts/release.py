@@ -113,13 +113,17 @@ def _curve(model: Any, recipe: dict[str, Any], root: Path) -> tuple[dict[str, fl
     _, held = load_data(settings)
     loader = EvaluationLoader(held, settings.data.mean, settings.data.std, batch_size=MEASURED_ON)
     few, _ = next(iter(loader))
-    rows = []
+    rows: list[dict[str, float]] = []
+    costs: list[float] = []
     for budget in BUDGETS:
         try:
-            set_budget(model, budget, few)
+            costs.append(set_budget(model, budget, few))
         except ThriftyError as error:
             print(f"no budget under {budget}: {error}")
             break
+        if len(costs) > 1 and costs[-1] == costs[-2]:  # the most that it can cost
+            rows[-1]["budget"] = budget
+            continue
         found = evaluate(model, loader)
         rows.append({"budget": budget, "accuracy": found.accuracy, "macs": found.macs.mean})
     return tuple(rows)

@@ -95,6 +95,14 @@ def test_errors_are_one_line_and_say_what_was_wrong(
     assert list(tmp_path.iterdir()) == [] or words != "no recipe"
 
 
+def test_zoo_shows_what_one_model_reaches_at_other_budgets() -> None:
+    text = output("zoo", "resnet20-cifar10-any")
+    for point in thrifty.zoo.record("resnet20-cifar10-any").curve:
+        assert f"{100 * point['accuracy']:.2f} %" in text
+    assert "resnet56" not in text
+    assert [row["name"] for row in json.loads(output("zoo", "resnet20-cifar10", "--json"))] == ["resnet20-cifar10"]
+
+
 def test_zoo_lists_every_record() -> None:
     listed = json.loads(output("zoo", "--json"))
     assert {entry["name"] for entry in listed} >= {
