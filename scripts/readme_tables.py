@@ -37,7 +37,7 @@ def accuracy() -> str:
     longest = {net: dense[net, max(e for n, e in dense if n == net)] for net, _ in dense}
     lines = ["| model | test accuracy | drop | MACs per input | of dense | epochs |", "|---|---|---|---|---|---|"]
     order = sorted(records, key=lambda r: (r.net, r.method is not None, -r.macs))
-    lines += [accuracy_row(r, dense.get((r.net, r.total_epochs), longest[r.net])) for r in order]
+    lines += [accuracy_row(r, dense.get((r.net, r.total_epochs), longest.get(r.net))) for r in order]
     made = {f"{r.made_with['CPU'].partition(' (')[0]}, torch {r.made_with['torch']}" for r in records}
     note = (
         f"Measured by `scripts/release.py` on all {records[0].data['test']:,} test photographs of CIFAR-10 as JPEG of\n"

@@ -1,7 +1,8 @@
 """Put a finished run's weights, program and record into the zoo. The test photographs are looked at here, and once.
 
 Usage: python scripts/release.py RUN --root DATA [--name NAME]
-RUN is the directory of a finished `thrifty train`; DATA holds test/<class>/*.jpg.
+RUN is the directory of a finished `thrifty train`; DATA holds test/<class>/*.jpg, and train/<class>/*.jpg, of which the
+part that was held out of training shows what models reach that can be set to several budgets.
 """
 
 from __future__ import annotations
@@ -61,8 +62,6 @@ def main() -> None:
     loader = photographs(card, "folder", arguments.root)
     result = evaluate(model, loader)
     lineage = _lineage(recipe)
-    with replacing(WEIGHTS / f"{name}.safetensors") as temporary:
-        shutil.copyfile(source, temporary)
     x = torch.zeros(1, 3, card.size, card.size)
     record = Record(
         name=name,
@@ -89,6 +88,8 @@ def main() -> None:
         sha256=sha256(source),
         curve=_curve(model, recipe, arguments.root),
     )
+    with replacing(WEIGHTS / f"{name}.safetensors") as temporary:
+        shutil.copyfile(source, temporary)
     compile_record(record)
     print(f"{name}: {record.accuracy:.4f} on {record.data['test']} photographs, {result.macs}")
 

@@ -79,6 +79,14 @@ def test_a_straight_through_gradient_changes_nothing_else() -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=1e-15)
 
 
+def test_a_map_of_one_position_keeps_it_in_training() -> None:
+    gate = AttentionGate(torch.Size((6, 1, 1)), "attention", straight_through=True).train()
+    gate.set_ratios(channels=0.5, columns=0.5)
+    kept, _, columns = gate(torch.rand(2, 6, 1, 1))
+    assert kept.isfinite().all()
+    assert columns.all()
+
+
 @pytest.mark.parametrize(("criterion", "sign"), [("attention", -1), ("inverse", 1), ("random", 0)])
 def test_a_loss_that_wants_more_lets_dropped_columns_come_back(criterion: str, sign: int) -> None:
     """Descent moves the attention of what was dropped towards being kept: up, or for the inverse criterion down."""

@@ -70,6 +70,10 @@ def test_wrong_budgets() -> None:
     with pytest.raises(ThriftyError, match="at least, more than the budget"):
         set_budget(dynamic, 0.01, x)
     assert count_macs(dynamic, x).mean == before
+    for images, percentile, error in ((x, 950, ThriftyError), (x[:, :1], None, RuntimeError)):
+        with pytest.raises(error):
+            set_budget(dynamic, 0.6, images, percentile)
+        assert count_macs(dynamic, x).mean == before
     with pytest.raises(ThriftyError, match="dense model"):
         set_budget(model, 0.5, x)  # type: ignore[arg-type]
     for share in (0.0, 1.5, True, "half"):

@@ -62,6 +62,8 @@ def test_version() -> None:
         (("convert", "no_such_module:function"), 1, "no_such_module"),
         (("convert", "resnet20", "--method", "none"), 1, "no method 'none'"),
         (("convert", "resnet20", "--size", "0"), 2, "--size"),
+        (("convert", "resnet20", "--set", "l1=abc"), 1, "not all of their types"),
+        (("convert", "resnet20", "--set", "where=5"), 1, "where"),
         (("show", "/nowhere.jpg", "--model", FBS_MODEL), 1, "no file /nowhere.jpg"),
         (("show", PHOTOGRAPH, "--model", DENSE_MODEL), 1, "is a dense model"),
         (("show", PHOTOGRAPH, "--model", FBS_MODEL, "--output", "a.jpg"), 1, "must end in .png"),

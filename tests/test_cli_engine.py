@@ -82,8 +82,9 @@ def test_bench_on_photographs_measures_what_trained_gates_decide() -> None:
     ("arguments", "words"),
     [
         (("bench", "no_such_net"), "no network 'no_such_net'"),
-        (("bench", "resnet20", "--photographs", "sample"), "does not say how photographs become its inputs"),
+        (("bench", "resnet20", "--photographs", "sample"), "was trained on no photographs, or its gates are random"),
         (("bench", DYNAMIC, "--photographs", "no/such/folder"), "no file or folder no/such/folder"),
+        (("bench", DYNAMIC, "--where", "layer1*"), "is a dynamic model already"),
         (("bench", "resnet20", "--peers", "tensorflow"), "no peer 'tensorflow'"),
         (("bench", "resnet20", "--method", "magic"), "no method 'magic'"),
         (("bench", "resnet20", "--density", "2", *QUICK, "--peers", "none"), "density is 2"),

@@ -26,6 +26,16 @@ class Written(nn.Module):
         return self.function(x)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_models_of_half_precision_compile_to_engines_of_single(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 3, 16, 16)
+    model = randomise(NETS["Residual"](), x)
+    engine = thrifty.compile(model.to(dtype), x.to(dtype))
+    expected = model.float()(x)
+    assert (engine(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @torch.no_grad()
 def test_dense_and_dynamic(dtype: torch.dtype) -> None:

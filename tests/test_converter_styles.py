@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from randomised import randomise
 from small_nets import NETS, SIZE
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from thrifty.converter import convert
 from thrifty.dynamic import Dynamic
+from thrifty.errors import ThriftyError
 from thrifty.gates import GatedConv
-from thrifty.methods.fbs import FBS
+from thrifty.methods import FBS, AntiDote, LCNet, MethodConfig
+from thrifty.zoo.nets import resnet20
 
 ALL = FBS(density=1.0, max_overhead=1e9)
 
@@ -182,3 +187,44 @@ def test_a_copy_is_independent() -> None:
     assert (dynamic.density, twin.density) == (pytest.approx(0.5, abs=0.02), 1.0)
     with torch.no_grad():
         assert error(twin(x), dynamic(x)) > 1e-2
+
+
+class Named(nn.Module):
+    """Calls a convolution with its map by name, and another with a factor beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), Scaled(8, 8, 3)
+        self.d, self.fc = nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.b(input=torch.relu(self.a(x))))
+        return self.fc(self.d(torch.relu(self.c(x, 2.0))).mean((2, 3)))
+
+
+class Scaled(nn.Conv2d):
+    def forward(self, x: Tensor, factor: float) -> Tensor:
+        return factor * super().forward(x)
+
+
+def test_convolutions_that_are_called_otherwise_stay_dense() -> None:
+    model, x = Named().eval(), torch.randn(2, 3, 16, 16)
+    dynamic = convert(model, FBS(density=1.0, max_overhead=9), x)
+    reasons = {place.name: place.note for place in dynamic.conversion.places if not place.gated}
+    assert {name for name, reason in reasons.items() if "called otherwise" in reason} == {"b", "c"}
+    torch.testing.assert_close(dynamic(x), model(x))
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, pickle.dumps])
+def test_a_traced_model_says_that_it_cannot_be_copied(copier: Callable[[Any], Any]) -> None:
+    traced = fx.symbolic_trace(resnet20().eval())
+    dynamic = convert(traced, FBS(density=0.5), torch.zeros(1, 3, 32, 32), inplace=True)
+    with pytest.raises(ThriftyError, match=r"fx\.GraphModule"):
+        copier(dynamic)
+
+
+@pytest.mark.parametrize("method", [FBS(density=0.5), AntiDote(channels=0.5, columns=0.5), LCNet()])
+def test_an_empty_batch_gives_an_empty_answer(method: MethodConfig) -> None:
+    dynamic = convert(resnet20().eval(), method, torch.zeros(1, 3, 32, 32))
+    with torch.no_grad():
+        assert dynamic(torch.zeros(0, 3, 32, 32)).shape == (0, 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import Any
 
@@ -16,7 +17,16 @@ from torch import Tensor, nn
 from thrifty.converter import convert
 from thrifty.density import check_density, kept
 from thrifty.errors import LoweringError, ThriftyError
-from thrifty.gates import ChannelGate, Gate, GatedConv, LoweredGate, MeanPredictor, mean_magnitude, top_k_mask
+from thrifty.gates import (
+    ChannelGate,
+    Gate,
+    GatedConv,
+    LoweredGate,
+    MeanPredictor,
+    mean_magnitude,
+    strengths,
+    top_k_mask,
+)
 from thrifty.methods import FBS, AntiDote, LCNet, MethodConfig
 from thrifty.zoo.nets import resnet20
 
@@ -113,6 +123,37 @@ def test_skipped_channels_are_exact_zeros_in_mixed_precision_too() -> None:
     assert y.dtype == torch.bfloat16
     assert (y[:, 1::2] == 0).all()
     assert (y[:, 0::2] != 0).any()
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_gates_of_another_precision_decide_in_theirs_in_mixed_precision(kind: torch.dtype) -> None:
+    x = torch.randn(2, 3, 16, 16)
+    model = convert(resnet20().eval(), FBS(density=0.5), x).to(kind)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(x.to(kind)).isfinite().all()
+
+
+def test_magnitudes_of_large_maps_fit_half_precision() -> None:
+    x = torch.full((1, 2, 112, 112), 6.0)
+    assert torch.equal(mean_magnitude(x.half()), mean_magnitude(x).half())
+
+
+def test_strengths_are_spread_alike_in_half_precision() -> None:
+    assert torch.equal(strengths(512, torch.tensor(0.25)), strengths(512, torch.tensor(0.25, dtype=torch.bfloat16)))
+
+
+def test_threads_may_share_a_model_with_layer_gates() -> None:
+    images = torch.randn(8, 3, 32, 32)
+    model = convert(resnet20().eval(), LCNet(), images)
+    with torch.no_grad():
+        expected = [model(image[None]) for image in images]
+
+        def answer(place: int) -> bool:
+            with torch.no_grad():
+                return all(torch.equal(model(images[place][None]), expected[place]) for _ in range(5))
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(answer, range(len(images))))
 
 
 def test_gated_conv_shows_its_convolution() -> None:

@@ -173,6 +173,11 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\xff" * 1000)
     with pytest.raises(CheckpointError):
         load_model(path)
+    wrong = {"net": ["a"], "arguments": {"classes": -5}, "method": {"name": ["fbs"]}, "size": "x", "mean": (0.5,)}
+    for field, value in wrong.items():
+        save_model(path, model, ModelCard(**{**CARD.__dict__, field: value}))
+        with pytest.raises(ThriftyError):
+            load_model(path)
     save_model(path, model, ModelCard(**{**CARD.__dict__, "net": "os:system", "arguments": {"command": "true"}}))
     with pytest.raises(CheckpointError, match="not a zoo network"):
         load_model(path)

@@ -30,8 +30,11 @@ def set_budget(model: Dynamic, share: float, inputs: Tensor | Iterable[Any], per
         The share that was reached.
 
     Raises:
-        ThriftyError: the share is out of range, or less than the model costs at its full strength; it stays as it was.
+        ThriftyError: the share or the percentile is out of range, or the share less than the model costs at its full
+            strength; it stays as it was.
     """
+    if percentile is not None and not 0 <= percentile <= 100:
+        raise ThriftyError(f"percentile is {percentile!r}, but must be in [0, 100].")
     if not isinstance(model, Dynamic):
         raise ThriftyError(f"{type(model).__name__} is a dense model and has no budget. Convert it first.")
     dense = model.conversion.total_macs
@@ -45,7 +48,7 @@ def set_budget(model: Dynamic, share: float, inputs: Tensor | Iterable[Any], per
 
     try:
         return find_strength(cost, share)
-    except ThriftyError:
+    except BaseException:
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
         raise

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from thrifty.decision import Decision
@@ -112,6 +112,8 @@ _CLASSES: dict[type, type] = {}
 def _dynamic_class(base: type) -> type:
     if base not in _CLASSES:
         members = {"__reduce_ex__": _reduce, "__module__": base.__module__, "__doc__": base.__doc__}
+        if issubclass(base, fx.GraphModule):
+            members |= {"__deepcopy__": _no_copy, "__reduce_ex__": _no_copy}
         _CLASSES[base] = type(f"Dynamic{base.__name__}", (Dynamic, base), members)
     return _CLASSES[base]
 
@@ -120,6 +122,13 @@ def _reduce(self: Any, _protocol: object) -> tuple[Any, ...]:
     # A class made at run time can't be found by name when a pickle is read: name the user's class instead.
     state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
     return _rebuild, (type(self).__mro__[2],), state
+
+
+def _no_copy(self: Any, _memo: object) -> Any:
+    raise ThriftyError(
+        "a dynamic model that was made of a traced one (fx.GraphModule) can't be copied or pickled: its class is made "
+        "anew for every copy. Convert the model that was traced instead."
+    )
 
 
 def _rebuild(base: type) -> Any:

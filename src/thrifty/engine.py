@@ -227,6 +227,8 @@ class Engine:
         """
         if not self._gates:
             raise ThriftyError("the program has no gates whose budget could be set.")
+        if not len(x):
+            raise ThriftyError("there are no images to measure the cost on. Give at least one.")
         dense = sum(self._program.macs().values())
         before = {place: self._native.settings(place) for place in self._gates.values()}
 
@@ -237,7 +239,7 @@ class Engine:
 
         try:
             return find_strength(cost, share)
-        except ThriftyError:
+        except BaseException:
             for place, settings in before.items():
                 for setting, value in settings.items():
                     self._native.set(place, setting, value)
@@ -287,7 +289,11 @@ class Engine:
         return self._native.isa
 
     def save(self, path: str | Path) -> None:
-        """Write the program, at the densities that are set, to a file that `thrifty.load` reads."""
+        """Write the program to a file that `thrifty.load` reads.
+
+        What is set now is what the file's program was made with: after `set_budget` it can be set to less, but not to
+        more pruning. Put the engine back to what it was made with first, to keep its whole range.
+        """
         save_program(self.program, path)
 
     def __repr__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -38,14 +39,15 @@ def strengths(images: int, offset: Tensor) -> Tensor:
     They are spread evenly over the batch (as the multiples of the golden ratio are over the unit interval), from
     another one on for every `offset`, a scalar in [0, 1).
     """
-    numbers = torch.arange(images, device=offset.device, dtype=offset.dtype)
-    return (2 * torch.frac(offset + numbers * 0.6180339887) - 0.5).clamp(0, 1)[:, None]
+    numbers = torch.arange(images, device=offset.device, dtype=torch.float32)  # others can't tell many images apart
+    return (2 * torch.frac(offset.float() + numbers * 0.6180339887) - 0.5).clamp(0, 1)[:, None]
 
 
 def mean_magnitude(x: Tensor) -> Tensor:
     """Mean of |x| over the positions of each channel: [N, C, H, W] -> [N, C]."""
     # As a norm: forward reads the map once and writes no map, backward scales [N, C] and not the map.
-    return torch.linalg.vector_norm(x, 1, (2, 3)) / x[0, 0].numel()
+    sums = torch.linalg.vector_norm(x, 1, (2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+    return (sums / x.shape[2:].numel()).to(x.dtype)  # half precision holds the mean, but not the sum
 
 
 def predictor_macs(shape: torch.Size, outputs: int) -> int:
@@ -93,15 +95,16 @@ class Gate(nn.Module, ABC):
 
 
 def decide(gate: Gate, x: Tensor) -> tuple[Any, ...]:
-    """What `gate` says of the map x; in mixed precision it still computes in single precision.
+    """What `gate` says of the map x; in mixed precision it still computes in its own, single as a rule.
 
     Scores rounded to the 8 bits of bfloat16 would tie, and training would take other channels than evaluation.
     """
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
         return gate(x)  # type: ignore[no-any-return]
+    own = next((parameter.dtype for parameter in gate.parameters()), torch.float32)
     with torch.autocast(kind, enabled=False):
-        return gate(x.float())  # type: ignore[no-any-return]
+        return gate(x.to(own))  # type: ignore[no-any-return]
 
 
 class Predictor(ABC):
@@ -315,17 +318,28 @@ class MaskedConv(Wrapper):
 
 
 class Link:
-    """What the entry of a block tells its exit within one forward pass."""
+    """What the entry of a block tells its exit within one forward pass, of each thread that runs the model."""
 
     def __init__(self) -> None:
-        self.scale: Tensor | None = None
+        self.scales: dict[int, Tensor] = {}
+
+    def leave(self, scale: Tensor) -> None:
+        """Keep the scale [N] until this thread takes it."""
+        self.scales[self._thread()] = scale
 
     def take(self) -> Tensor:
         """The scale [N] that the entry left; it is gone then."""
-        scale, self.scale = self.scale, None
+        scale = self.scales.pop(self._thread(), None)
         if scale is None:
             raise ThriftyError("a block's last layer ran before its first one: its layer gate has decided nothing.")
         return scale
+
+    @staticmethod
+    def _thread() -> int:
+        return 0 if torch.compiler.is_compiling() else threading.get_ident()  # which the compiler can't trace
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"scales": {}}  # they belong to one forward pass and can't be copied
 
 
 class LayerEntry(Wrapper):
@@ -340,7 +354,8 @@ class LayerEntry(Wrapper):
         self.link = link
 
     def forward(self, x: Tensor) -> Tensor:
-        self.link.scale, _ = decide(self.gate, x)
+        scale, _ = decide(self.gate, x)
+        self.link.leave(scale)
         return self.module(x)
 
 

@@ -180,6 +180,8 @@ def conv_sites(model: nn.Module, example: Tensor) -> tuple[ConvSite, ...]:
         unfit = ""
         if not isinstance(conv, nn.Conv2d):
             unfit = f"{type(conv).__name__} is not a 2-d convolution"
+        elif node.kwargs or len(node.args) != 1:
+            unfit = "it is called otherwise than with a map alone"
         elif calls[name] > 1:
             unfit = "its weights are used at several places"
         elif name not in measured:
@@ -410,7 +412,8 @@ def _measure(model: nn.Module, example: Tensor) -> dict[str, _Measured]:
     found: dict[str, _Measured] = {}
 
     def note(name: str) -> Any:
-        def hook(conv: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(conv: Any, arguments: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+            inputs = arguments or tuple(named.values())
             weights = conv.weight.numel() // conv.out_channels
             positions = inputs[0][0, 0].numel() if conv.transposed else output[0, 0].numel()
             per_position = conv.in_channels if conv.transposed else conv.out_channels
@@ -421,7 +424,7 @@ def _measure(model: nn.Module, example: Tensor) -> dict[str, _Measured]:
         return hook
 
     convs = [(name, module) for name, module in model.named_modules() if isinstance(module, _ConvNd)]
-    handles = [module.register_forward_hook(note(name)) for name, module in convs]
+    handles = [module.register_forward_hook(note(name), with_kwargs=True) for name, module in convs]
     with hooked(handles), evaluating(model):
         model(example)
     return found

@@ -122,7 +122,8 @@ def run_bench(
         peers: other engines, of `PEERS`.
         layers: whether to time each of our layers too.
         seconds: of timed calls for each row.
-        images: [N, C, H, W] to measure on, one after the other; random ones if not given.
+        images: [N, C, H, W] to measure on, one after the other; random ones if not given. MACs are means over all, the
+            times those of as many as `seconds` allow, in this order, from the first on again after the last.
 
     Raises:
         ThriftyError: there are fewer images than a batch has; an engine does not agree with ours on the dense network,
@@ -249,8 +250,8 @@ def _agree(runners: Sequence[Runner], x: NDArray[np.float32], subject: Subject) 
 
 
 def _macs(runner: Runner, inputs: Sequence[NDArray[np.float32]], subject: Subject) -> float:
-    """Mean MACs of the images that were timed, as the engine counts what it executes."""
-    if not isinstance(runner, Ours):
+    """Mean MACs of the images given, as the engine counts what it executes."""
+    if not isinstance(runner, Ours) or _is_dense(runner):
         return float(sum(subject.dense.macs().values()))
     runner.begin()
     return float(np.mean([runner.engine.trace(x).macs.mean() for x in inputs]))

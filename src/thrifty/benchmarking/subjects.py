@@ -43,7 +43,7 @@ class Subject:
         dynamic: the network with gates, or None.
         method: name of the method that put the gates there, or ''.
         own_density: whether the densities that the dynamic network was trained with are to be measured.
-        preprocessing: of photographs, or None where the network was trained on none.
+        preprocessing: of photographs, or None where the network was trained on none or its gates are random.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Subject:
 def find_subject(
     source: str,
     image: int | None = None,
-    method: str = "fbs",
+    method: str | None = None,
     where: Sequence[str] = (),
     density: float = 0.5,
     images: int = IMAGES,
@@ -74,18 +74,23 @@ def find_subject(
     Args:
         source: a .thrifty file, a zoo model, a file of weights, or a network's name (see `zoo.resolve.build_net`).
         image: height and width in pixels; if not given, the model's own, 32 for zoo networks and 224 for others.
-        method: makes a dense network dynamic, with random gates that decide differently for every image; 'none'
-            leaves it dense.
+        method: makes a dense network dynamic, with random gates that decide differently for every image; FBS if not
+            given, and 'none' leaves it dense.
         where: patterns of the names of layers that may be gated; none means all.
         density: that the dynamic network starts at.
         images: number of images that the random gates are fitted to.
         settings: others of the method; they make the density the method's own.
 
     Raises:
-        ThriftyError: there is no such network, it does not take images of this size, or it cannot be lowered.
+        ThriftyError: there is no such network, it does not take images of this size, it cannot be lowered, or it is
+            dynamic already and a method or its settings are given.
     """
+    chosen = method not in {None, "none"} or where or settings
     if source.endswith(SUFFIX):
-        return _of_program(source, image)
+        subject = _of_program(source, image)
+        if chosen:
+            raise ThriftyError(f"{source} is a program as it is: leave --method, --where and --set out.")
+        return subject
     import torch  # noqa: PLC0415 (programs need none of these)
 
     from thrifty.converter import convert  # noqa: PLC0415
@@ -101,12 +106,15 @@ def find_subject(
             raise CheckpointError(f"{source} takes images of {size} px, --image {image} was given.")
         preprocessing = Preprocessing(card.mean, card.std)
         if card.method is not None:
+            if chosen and (where or settings or method != card.method["name"]):
+                raise ThriftyError(f"{source} is a dynamic model already: leave --method, --where and --set out.")
             return _of_trained(source, model, build_net(card.net, **card.arguments), size, preprocessing)
     else:
         model, size, preprocessing = build_net(source), image or _usual_size(source), None
     model = model.eval()
     example = torch.zeros(1, 3, size, size)
     dense = lower(model, example)
+    method = method or "fbs"
     if method == "none":
         return Subject(source, dense, model, None, preprocessing=preprocessing)
     usual = {"density": density} if hasattr(METHODS.get(method), "density") else {}
@@ -115,8 +123,7 @@ def find_subject(
     if not dynamic.gates():
         raise ThriftyError(f"{method} gates no layer of {source}: `thrifty convert {source}` tells why.")
     randomise_gates(dynamic, torch.from_numpy(random_images(images, dense.buffers[0])))
-    gated = lower(dynamic, example)
-    return Subject(source, dense, model, gated, method, not usual or bool(settings), preprocessing)
+    return Subject(source, dense, model, lower(dynamic, example), method, not usual or bool(settings))
 
 
 def random_images(count: int, shape: Shape, seed: int = 0) -> NDArray[np.float32]:
@@ -139,15 +146,15 @@ def photographs(files: Sequence[Path], subject: Subject) -> NDArray[np.float32]:
 
     Raises:
         DataError: a file is not an image.
-        ThriftyError: the network was trained on no photographs.
+        ThriftyError: the network was trained on no photographs, or its gates are random.
     """
     from thrifty.data.files import normalised, read_files  # noqa: PLC0415 (needs Pillow)
 
     _, height, width = subject.shape
     if subject.preprocessing is None or height != width:
         raise ThriftyError(
-            f"{subject.name} does not say how photographs become its inputs. Leave --photographs out, or give a zoo "
-            "model, a file of weights, or a program made of one."
+            f"{subject.name} was trained on no photographs, or its gates are random. Leave --photographs out, or give "
+            "a dynamic zoo model, a file of its weights, or a program made of it."
         )
     order = np.random.default_rng(0).permutation(len(files))[:PHOTOGRAPHS]
     pixels = read_files([files[i] for i in order], height)

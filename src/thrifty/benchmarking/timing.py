@@ -49,7 +49,7 @@ def interleave(
 
     Args:
         runners: what to time.
-        batches: inputs [N, C, H, W]; each call takes the next, the same ones for every runner.
+        batches: inputs [N, C, H, W]; each call takes the next, in the same order for every runner.
         seconds: of timed calls for each runner, about; a runner gets `ROUNDS` turns at least.
         pause: seconds between turns.
     """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thrifty.cli.options import Json, MethodName, MethodSettings, Several, picture_files, settings_of
+from thrifty.cli.options import Json, MeasuredMethod, MethodSettings, Several, picture_files, settings_of
 from thrifty.cli.output import console, millions, number, print_json, table
 from thrifty.errors import require
 from thrifty.files import replacing
@@ -36,7 +36,7 @@ def run(
     image: Annotated[
         int | None, typer.Option(min=1, help="Height and width in pixels; 32 for zoo networks, 224 for others.")
     ] = None,
-    method: MethodName = "fbs",
+    method: MeasuredMethod = None,
     changes: MethodSettings = None,
     density: Annotated[
         list[float] | None,
@@ -84,12 +84,15 @@ def run(
     bench.check_peers(wanted)
     files = None if photographs is None else _files(photographs)
     batches = batch or [1]
+    settings = settings_of(changes or ())
+    subjects = [
+        find_subject(name, image, method, where or (), images=max(IMAGES, *batches), settings=settings)
+        for name in models
+    ]
+    inputs = [None if files is None else read_photographs(files, subject) for subject in subjects]
     reports: list[Report] = []
-    for name in models:
-        settings = settings_of(changes or ())
-        subject = find_subject(name, image, method, where or (), images=max(IMAGES, *batches), settings=settings)
+    for subject, images in zip(subjects, inputs, strict=True):
         densities: list[float | None] = [*density] if density else [None if subject.own_density else 0.5]
-        images = None if files is None else read_photographs(files, subject)
         report = bench.run_bench(subject, densities, threads or [1], batches, wanted, layers, seconds, images)
         reports.append(report)
         if not as_json:
@@ -111,10 +114,11 @@ def _files(photographs: str) -> list[Path]:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]], beside: dict[str, Any]) -> None:
-    """Rows with machine and versions in every line, in one step."""
+    """Rows with machine and versions in every line, in one step; what only some rows have is empty in the others."""
     lines = [{**row, **{key: _text(value) for key, value in beside.items()}} for row in rows]
+    names = list(dict.fromkeys(name for line in lines for name in line))
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(lines[0]), lineterminator="\n")
+        writer = csv.DictWriter(stream, fieldnames=names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
 

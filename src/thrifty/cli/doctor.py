@@ -10,7 +10,7 @@ import typer
 
 import thrifty
 from thrifty import machine
-from thrifty.cli.options import Json
+from thrifty.cli.options import Json, MeasuredMethod
 from thrifty.cli.output import console, millions, number, print_json, table
 
 NAME = "doctor"
@@ -21,7 +21,7 @@ def run(
         str | None, typer.Argument(help="Also: why this model is not faster. As `thrifty bench` takes it.")
     ] = None,
     image: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels, as in `bench`.")] = None,
-    method: Annotated[str, typer.Option(help="Makes a dense network dynamic: fbs.")] = "fbs",
+    method: MeasuredMethod = None,
     density: Annotated[float | None, typer.Option(help="Share of channels kept, in (0, 1].")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the engine.")] = 1,
     as_json: Json = False,
@@ -74,7 +74,9 @@ def _text(value: Any) -> str:
     return ", ".join(value) if isinstance(value, list) else str(value)
 
 
-def _diagnose(model: str, image: int | None, method: str, density: float | None, threads: int, as_json: bool) -> None:
+def _diagnose(
+    model: str, image: int | None, method: str | None, density: float | None, threads: int, as_json: bool
+) -> None:
     from thrifty.benchmarking.diagnosis import diagnose  # noqa: PLC0415 (needs the native part)
     from thrifty.benchmarking.subjects import find_subject  # noqa: PLC0415
 

@@ -32,7 +32,11 @@ Net = Annotated[
 Density = Annotated[
     float | None, typer.Option(help="Run a dynamic model at this density, in (0, 1], instead of its own.")
 ]
-MethodName = Annotated[str, typer.Option(help="The method: fbs, antidote …; to measure a network dense: none.")]
+MethodName = Annotated[str, typer.Option(help="The method: fbs, antidote …")]
+MeasuredMethod = Annotated[
+    str | None,
+    typer.Option(help="What a dense network is measured with: fbs, antidote …; none leaves it dense. [default: fbs]"),
+]
 MethodSettings = Annotated[
     list[str] | None,
     typer.Option("--set", help="A setting of the method as key=value, such as columns=0.5; repeatable."),

@@ -225,7 +225,10 @@ def _scaled(weight: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tenso
     """weight [O, ...] * scale [O] + shift [O] in float64."""
     # NumPy does this on one thread: torch's would wait for each other where cores are busy.
     factor = scale.numpy().reshape(-1, *[1] * (weight.ndim - 1))
-    product = np.multiply(weight.detach().cpu().numpy(), factor, dtype=np.float64)
+    given = weight.detach().cpu()
+    if given.dtype == torch.bfloat16:  # which NumPy has not
+        given = given.float()
+    product = np.multiply(given.numpy(), factor, dtype=np.float64)
     return torch.from_numpy(product if shift is None else product + shift.numpy())
 
 

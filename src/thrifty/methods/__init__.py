@@ -27,7 +27,7 @@ def method_config(name: str, settings: Mapping[str, Any]) -> MethodConfig:
     Raises:
         ThriftyError: the method or a setting is unknown, or written by a newer version.
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ThriftyError(f"there is no method {name!r}. Choose one of: {', '.join(METHODS)}.")
     kind = METHODS[name]
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
@@ -38,7 +38,10 @@ def method_config(name: str, settings: Mapping[str, Any]) -> MethodConfig:
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ThriftyError(f"{name} has no setting {', '.join(unknown)}. It has: {', '.join(known)}.")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ThriftyError(f"{name} settings {values} are not all of their types: {error}.") from error
 
 
 __all__ = ["FBS", "METHODS", "AntiDote", "Gumbel", "LCNet", "MethodConfig", "method_config"]

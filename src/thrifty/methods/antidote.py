@@ -81,6 +81,7 @@ class AntiDote(MethodConfig):
     one_for_all: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in ("channels", "columns"):
             for ratio in _values(getattr(self, field)):
                 _check_ratio(field, ratio)
@@ -205,7 +206,7 @@ class AttentionGate(InputGate, SpreadGate):
         if self.by_columns:
             attention = torch.linalg.vector_norm(x, 1, 1) / x.shape[1]
             count = self.counts(self.kept_columns, self.target[1], self.positions, len(x))
-            columns, factors = self._decided(attention.flatten(1), self._columns_of(count, attention[0].numel()))
+            columns, factors = self._decided(attention.flatten(1), self._columns_of(count, attention.shape[1:].numel()))
             columns = columns.reshape(attention.shape)
             kept_map = kept_map * factors.reshape(attention.shape)[:, None]
         return kept_map, channels, columns
@@ -221,7 +222,7 @@ class AttentionGate(InputGate, SpreadGate):
             lowest = torch.where(mask, scores, torch.inf).amin(1, keepdim=True)
             highest = torch.where(mask, -torch.inf, scores).amax(1, keepdim=True)
             limit = torch.where(highest.isfinite(), (lowest + highest) / 2, lowest)
-            width = scores.std(1, keepdim=True) / 2 + 1e-6
+            width = scores.std(1, keepdim=True, correction=0) / 2 + 1e-6
         soft = torch.sigmoid((scores - limit) / width)
         return mask, factors + soft - soft.detach()
 

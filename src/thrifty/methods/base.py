@@ -72,6 +72,13 @@ class MethodConfig(ABC):
 
     where: Where = None
 
+    def __post_init__(self) -> None:
+        patterns = self.where if isinstance(self.where, (tuple, list)) else (self.where,)
+        if not (callable(self.where) or self.where is None or all(isinstance(pattern, str) for pattern in patterns)):
+            raise ThriftyError(
+                f"where is {self.where!r}, but must be patterns of names or a function of name and module."
+            )
+
     def selects(self, name: str, module: nn.Module) -> bool:
         """Whether `where` picks the module of this name."""
         if self.where is None:

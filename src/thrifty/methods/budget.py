@@ -140,6 +140,7 @@ class BudgetConfig(MethodConfig, ABC):
     max_overhead: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.target <= 1:
             raise ThriftyError(f"{self.name} target is {self.target!r}, but must be a share of MACs in (0, 1].")
         if not 0 <= self.relax <= 1:

@@ -86,6 +86,7 @@ class FBS(MethodConfig):
     max_overhead: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for value in self.density.values() if isinstance(self.density, Mapping) else (self.density, self.start):
             check_density(value)
         check_density(self.start)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from thrifty.converter import convert
-from thrifty.errors import CheckpointError
+from thrifty.errors import CheckpointError, ThriftyError
 from thrifty.files import replacing, sha256
 from thrifty.methods import method_config
 from thrifty.zoo.nets import NETS, build
@@ -67,7 +67,10 @@ def load_model(source: str | Path, net: nn.Module | None = None) -> tuple[nn.Mod
     if net is None:
         if card.net not in NETS:
             raise CheckpointError(f"{path} holds weights of {card.net}, which is not a zoo network: give it as net=.")
-        net = build(card.net, **card.arguments)
+        try:
+            net = build(card.net, **card.arguments)
+        except (ThriftyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged: its network cannot be built: {error}") from error
     model = net.eval()
     if card.method is not None:
         settings = {key: value for key, value in card.method.items() if key != "name"}
@@ -105,9 +108,27 @@ def read_card(path: str | Path) -> ModelCard:
             raise CheckpointError(f"{path} was written by a newer thrifty (format {version}). Upgrade to load it.")
         for key in ("classes", "mean", "std"):
             values[key] = tuple(values[key])
-        return ModelCard(**values)
+        return _checked(ModelCard(**values))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a model file or is damaged: {error}.") from error
+
+
+def _checked(card: ModelCard) -> ModelCard:
+    """The card, if every field is of its type; else a TypeError that names one that is not."""
+    numbers = all(isinstance(value, (int, float)) for value in (*card.mean, *card.std))
+    fits = {
+        "net": isinstance(card.net, str),
+        "arguments": isinstance(card.arguments, dict),
+        "method": card.method is None or isinstance(card.method, dict),
+        "classes": all(isinstance(name, str) for name in card.classes),
+        "size": isinstance(card.size, int) and card.size > 0,
+        "mean": numbers and len(card.mean) == 3,
+        "std": numbers and len(card.std) == 3 and all(value > 0 for value in card.std),
+    }
+    wrong = [name for name, fit in fits.items() if not fit]
+    if wrong:
+        raise TypeError(f"its card has no proper {wrong[0]}")
+    return card
 
 
 def load_into(model: nn.Module, tensors: dict[str, Tensor], source: str | Path | None) -> None:
