@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -95,6 +96,46 @@ def test_errors_are_one_line_and_say_what_was_wrong(
     assert done.stderr.count("\n") == 1
     assert words in done.stderr
     assert list(tmp_path.iterdir()) == [] or words != "no recipe"
+
+
+def test_a_recipe_is_trained_resumed_and_evaluated(root: Path, tmp_path: Path) -> None:
+    settings = {
+        "name": "small",
+        "model": {"net": "resnet8", "arguments": {"classes": 3}},
+        "data": {"source": "folder", "root": str(root), "validation": 0.2},
+        "method": {"name": "fbs", "density": 0.5, "schedule": "none"},
+        "epochs": 2,
+        "batch_size": 16,
+        "optimiser": {"learning_rate": 0.01},
+    }
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(json.dumps(settings), encoding="utf-8")
+    options = ("--set", "threads=1", "--output", "run")
+    lines = output("train", str(recipe), *options, cwd=tmp_path).splitlines()
+    for epoch, line in enumerate(lines[:2], 1):
+        assert line.startswith(f"epoch {epoch}/2")
+        assert "density 0.5" in line
+        assert "validation" in line
+    assert lines[2:] == ["weights: run/model.safetensors"]
+    again = run("train", str(recipe), *options, cwd=tmp_path)
+    assert again.returncode == 1
+    assert "--resume" in again.stderr
+    assert output("train", str(recipe), *options, "--resume", cwd=tmp_path) == "weights: run/model.safetensors\n"
+    os.symlink(root / "train", tmp_path / "test")
+    model = str(tmp_path / "run" / "model.safetensors")
+    found = json.loads(output("eval", model, "--data", "folder", "--root", str(tmp_path), "--json"))
+    assert found["photographs"] == 42
+
+
+def test_the_readmes_example_runs(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    code = readme.partition("## On your own network")[2].partition("```python\n")[2].partition("```")[0]
+    small = code.replace('weights="DEFAULT"', "").replace("8, 3, 224, 224", "8, 3, 64, 64")
+    assert len(small) < len(code)
+    done = subprocess.run([sys.executable, "-c", small], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "MACs per input" in done.stdout
+    assert (tmp_path / "resnet18.thrifty").stat().st_size > 1e6
 
 
 def test_zoo_shows_what_one_model_reaches_at_other_budgets() -> None:
