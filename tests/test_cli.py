@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from cli_support import error_of
 from PIL import Image
 from varying import write_varying
 
@@ -87,14 +88,17 @@ def test_version() -> None:
     ],
 )
 def test_errors_are_one_line_and_say_what_was_wrong(
-    arguments: tuple[str, ...], status: int, words: str, tmp_path: Path
+    arguments: tuple[str, ...],
+    status: int,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = run(*arguments, cwd=tmp_path)
-    assert done.returncode == status, done.stderr
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert words in done.stderr
+    monkeypatch.chdir(tmp_path)
+    found, message = error_of(arguments, monkeypatch, capsys)
+    assert found == status, message
+    assert words in message
     assert list(tmp_path.iterdir()) == [] or words != "no recipe"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+from cli_support import error_of
 from PIL import Image
 from varying import write_varying
 
@@ -95,12 +96,12 @@ def test_bench_on_photographs_measures_what_trained_gates_decide() -> None:
         (("doctor", "resnet20", "--method", "none"), "has no gates"),
     ],
 )
-def test_errors_are_one_line(arguments: tuple[str, ...], words: str) -> None:
-    done = run(*arguments)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert words in done.stderr
+def test_errors_are_one_line(
+    arguments: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, message = error_of(arguments, monkeypatch, capsys)
+    assert status == 1
+    assert words in message
 
 
 def test_options_take_what_follows_them_and_nothing_else() -> None:
