@@ -15,13 +15,13 @@ train() {
 }
 
 models=(
-    resnet20-cifar10{-start,-fbs,,-antidote,-lcnet,-cnet,-lnet,-any}
+    resnet20-cifar10{-start,-fbs,,-antidote,-lcnet,-lcnet-35,-cnet,-lnet,-any}
     resnet56-cifar10{,-antidote,-lcnet}
     mcifarnet-cifar10{,-fbs,-fbs-70}
 )
 # What `make bench-accuracy` sets beside them; not in the package.
-compared=(resnet20-cifar10{-antidote-random,-gumbel,-lcnet-70,-narrow} resnet14-cifar10)
-for recipe in {resnet20,resnet56,mcifarnet}-cifar10-base mcifarnet-cifar10-start "${models[@]}" "${compared[@]}"; do
+compared=(resnet20-cifar10{-antidote-random,-gumbel,-lcnet-70,-narrow} resnet{14,8}-cifar10)
+for recipe in {resnet20,resnet56,mcifarnet}-cifar10-base mcifarnet-cifar10-{second,start} "${models[@]}" "${compared[@]}"; do
     train "$recipe"
 done
 for model in "${models[@]}"; do
