@@ -182,13 +182,15 @@ def test_limits_hold() -> None:
     buffers, operators, output = example()
     for limits, message in (
         ({"memory": 1000}, "limit of 1000"),
-        ({"memory": 4000}, "activations of one image"),
+        ({"memory": 4000}, "what operators keep of their weights"),
         ({"macs": 100}, "limit of 100 MACs"),
         ({"time": 1}, "no limit 'time'"),
         ({"macs": 0}, "positive"),
     ):
         with pytest.raises(ValueError, match=message):
             _native.check(buffers, operators, output, limits)
+    with pytest.raises(ValueError, match="activations of one image"):
+        _native.check([[4, 16, 16]] * 2, [("add", "a", (0, 0), 1, {}, {}, -1)], 1, {"memory": 6000})
     weight = np.zeros((1, 1, 1, 1), np.float32)  # everything is small but the padding
     with pytest.raises(ValueError, match="limit"):
         _native.check(

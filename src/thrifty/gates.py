@@ -100,7 +100,7 @@ def decide(gate: Gate, x: Tensor) -> tuple[Any, ...]:
     Scores rounded to the 8 bits of bfloat16 would tie, and training would take other channels than evaluation.
     """
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return gate(x)  # type: ignore[no-any-return]
     own = next((parameter.dtype for parameter in gate.parameters()), torch.float32)
     with torch.autocast(kind, enabled=False):
