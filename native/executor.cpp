@@ -33,7 +33,7 @@ struct Engine::State {
 class Engine::Lease {
 public:
     // `images`: of the call, so many contexts at most are taken for the pool's workers.
-    Lease(Engine& engine, std::int64_t images) : engine_(engine), state_(engine.state()) {
+    Lease(Engine& engine, std::int64_t images) : state_(engine.state()) {
         const std::scoped_lock lock(state_.mutex);
         if (engine.threads_ > 1 && !state_.pool_taken) {
             if (!state_.pool) {
@@ -64,6 +64,11 @@ public:
                     for (std::size_t i = 0; i < settings.size(); ++i) settings[i] = engine.settings(i);
             }
             state_.contexts.reserve(state_.contexts.size() + contexts_.size());
+            if (!pool_) {
+                Floats& scratch = contexts_.front()->scratch;
+                if (!scratch.data()) scratch = Floats(engine.needs_.scratch);
+                own_scratch_ = scratch.data();
+            }
         } catch (...) {
             if (pool_) state_.pool_taken = false;
             throw;
@@ -82,18 +87,12 @@ public:
     Pool* pool() const { return pool_; }
     Sharing& sharing() const { return state_.sharing; }
     Context& context(int worker = 0) const { return *contexts_[static_cast<std::size_t>(worker)]; }
-    float* const* scratch() const { return state_.scratch_pointers.data(); }
-
-    // For a call that has not got the pool.
-    float* own_scratch() const {
-        Floats& scratch = context().scratch;
-        if (!scratch.data()) scratch = Floats(engine_.needs_.scratch);
-        return scratch.data();
-    }
+    // Of each worker of the pool, or of the caller alone.
+    float* const* scratch() const { return pool_ ? state_.scratch_pointers.data() : &own_scratch_; }
 
 private:
-    Engine& engine_;
     State& state_;
+    float* own_scratch_ = nullptr;  // of a call that has not got the pool
     Pool* pool_ = nullptr;
     std::vector<std::unique_ptr<Context>> contexts_;
 };
@@ -171,9 +170,7 @@ void Engine::run(const Images& images, float* out, const Forced& forced, Trace* 
                                   d.use(d.first + task, worker);
                               }, &data);
     }
-    float* own_scratch = lease.pool() ? nullptr : lease.own_scratch();
-    float* const* const scratch = lease.pool() ? lease.scratch() : &own_scratch;
-    Team team(lease.pool(), scratch), alone(nullptr, scratch);
+    Team team(lease.pool(), lease.scratch()), alone(nullptr, lease.scratch());
     for (; done < images.count; ++done) {
         if (trace || !lease.pool()) {
             one(images, done, out, lease.context(), team, forced, trace);

@@ -57,7 +57,8 @@ private:
     }
 
     bool shares_ = true;
-    int calls_ = 0, trial_left_ = 0;  // calls since the last decision, as far as it matters
+    int trial_left_ = 0;
+    int calls_ = 0;  // since the last decision, as far as it matters
     std::size_t place_ = 0;
     double trial_ = never, usual_ = never, wait_ = first_wait, next_ = 0;
     std::array<double, few> last_{};  // not looked at before all are calls of the way that it is now

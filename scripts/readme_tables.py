@@ -34,7 +34,7 @@ def accuracy() -> str:
     """What the zoo's models reach, and what they were measured on."""
     records = thrifty.zoo.records()
     dense = {(record.net, record.total_epochs): record for record in records if record.method is None}
-    longest = {net: dense[net, max(e for n, e in dense if n == net)] for net, _ in dense}
+    longest = {net: dense[net, epochs] for net, epochs in sorted(dense)}
     lines = ["| model | test accuracy | drop | MACs per input | of dense | epochs |", "|---|---|---|---|---|---|"]
     order = sorted(records, key=lambda r: (r.net, r.method is not None, -r.macs))
     lines += [accuracy_row(r, dense.get((r.net, r.total_epochs), longest.get(r.net))) for r in order]

@@ -253,8 +253,8 @@ def _of_trained(source: str, model: Any, dense: nn.Module, size: int, preprocess
 
     example = torch.zeros(1, 3, size, size)
     dense = dense.eval()
-    programs = lower(dense, example), lower(model, example)
-    return Subject(source, programs[0], dense, programs[1], model.method.name, True, preprocessing)
+    gated = lower(model, example)
+    return Subject(source, lower(dense, example), dense, gated, model.method.name, True, preprocessing)
 
 
 def _usual_size(source: str) -> int:

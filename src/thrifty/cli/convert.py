@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from thrifty.cli.options import Json, MethodName, MethodSettings, settings_of
+from thrifty.cli.options import Json, MethodSettings, settings_of
 from thrifty.cli.output import console, millions, percent, print_json, table
 
 NAME = "convert"
@@ -17,7 +17,7 @@ def run(
     net: Annotated[
         str, typer.Argument(help="torchvision:NAME, timm:NAME, module:function of your own, or a zoo network.")
     ],
-    method: MethodName = "fbs",
+    method: Annotated[str, typer.Option(help="The method: fbs, antidote …")] = "fbs",
     density: Annotated[
         float | None, typer.Option(help="Share of channels kept, in (0, 1], for methods that have one. [default: 0.5]")
     ] = None,

@@ -32,7 +32,6 @@ Net = Annotated[
 Density = Annotated[
     float | None, typer.Option(help="Run a dynamic model at this density, in (0, 1], instead of its own.")
 ]
-MethodName = Annotated[str, typer.Option(help="The method: fbs, antidote …")]
 MeasuredMethod = Annotated[
     str | None,
     typer.Option(help="What a dense network is measured with: fbs, antidote …; none leaves it dense. [default: fbs]"),
