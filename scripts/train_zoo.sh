@@ -4,25 +4,27 @@
 set -euo pipefail
 data=${1:?usage: scripts/train_zoo.sh DATA}
 
+# train RECIPE [RUN [SETTING...]]: the run is named like the recipe unless told otherwise
 train() {
-    local run=runs/$1
+    local name=${2:-$1} run=runs/${2:-$1} resume=() settings=() setting
     [ -f "$run/model.safetensors" ] && return
-    if [ -f "$run/checkpoint.safetensors" ]; then
-        thrifty train "$1" --set data.root="$data" --resume
-    else
-        thrifty train "$1" --set data.root="$data"
-    fi
+    [ -f "$run/checkpoint.safetensors" ] && resume=(--resume)
+    for setting in "${@:3}"; do settings+=(--set "$setting"); done
+    thrifty train "$1" --set data.root="$data" --set name="$name" "${settings[@]}" "${resume[@]}"
 }
 
 models=(
-    resnet20-cifar10{-start,-fbs,,-antidote,-lcnet,-lcnet-35,-cnet,-lnet,-any}
+    resnet20-cifar10{-start,-fbs,,-long,-antidote,-lcnet,-lcnet-35,-cnet,-lnet,-any}
     resnet56-cifar10{,-antidote,-lcnet}
     mcifarnet-cifar10{,-fbs,-fbs-70}
 )
 # What `make bench-accuracy` sets beside them; not in the package.
-compared=(resnet20-cifar10{-antidote-random,-gumbel,-lcnet-70,-narrow} resnet{14,8}-cifar10)
+compared=(resnet20-cifar10{-antidote-short,-antidote-random,-lcnet-short,-gumbel,-lcnet-70,-narrow} resnet{14,8}-cifar10)
 for recipe in {resnet20,resnet56,mcifarnet}-cifar10-base mcifarnet-cifar10-{second,start} "${models[@]}" "${compared[@]}"; do
     train "$recipe"
+done
+for recipe in resnet20-cifar10-{lcnet-short,cnet,lnet,gumbel}; do
+    train "$recipe" "$recipe-seed-1" seed=1 precision=bfloat16
 done
 for model in "${models[@]}"; do
     python scripts/release.py "runs/$model" --root "$data"
