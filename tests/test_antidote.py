@@ -305,6 +305,18 @@ def test_copies_files_and_export() -> None:
     torch.testing.assert_close(torch.export.export(dynamic, (x,)).module()(x), expected)
 
 
+@pytest.mark.parametrize("axis", ["channels", "columns"])
+def test_weights_bring_the_axes_that_they_prune(axis: str) -> None:
+    ratios = {"channels": 0.0, "columns": 0.0} | {axis: 0.5}
+    dynamic, _, x = network("Residual", **ratios)
+    dynamic.method.set_density(dynamic, 0.4)
+    dynamic.method.set_column_density(dynamic, 0.6)
+    fresh, _, _ = network("Residual", **ratios)
+    fresh.load_state_dict(dynamic.state_dict())
+    assert torch.equal(fresh(x), dynamic(x))
+    assert torch.equal(count_macs(fresh, x).total, count_macs(dynamic, x).total)
+
+
 def test_maps_of_other_sizes_keep_the_same_share() -> None:
     gate = AttentionGate(torch.Size((4, 8, 8)))
     gate.set_ratios(0.5, 0.75)

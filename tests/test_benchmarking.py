@@ -212,7 +212,7 @@ def test_where_and_method_choose_what_is_gated() -> None:
     chosen = find_subject(name, image=16, where=["third"]).dynamic
     assert chosen is not None
     assert list(chosen.gated) == ["third"]
-    with pytest.raises(ThriftyError, match="gates no layer"):
+    with pytest.raises(ThriftyError, match="leaves no layer gated"):
         find_subject(name, image=16, where=["fc"])
 
 

@@ -76,6 +76,10 @@ def test_wrong_budgets() -> None:
         assert count_macs(dynamic, x).mean == before
     with pytest.raises(ThriftyError, match="dense model"):
         set_budget(model, 0.5, x)  # type: ignore[arg-type]
+    with pytest.raises(ThriftyError, match="not an iterator"):
+        set_budget(dynamic, 0.5, iter([x]))
+    with pytest.raises(ThriftyError, match=r"no layer of this .* is gated"):
+        set_budget(convert(model, FBS(max_overhead=0.0), x), 0.5, x)
     for share in (0.0, 1.5, True, "half"):
         with pytest.raises(ThriftyError, match="share of the dense MACs"):
             set_budget(dynamic, share, x)  # type: ignore[arg-type]

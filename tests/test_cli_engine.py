@@ -26,6 +26,7 @@ from thrifty.zoo.compilation import compile_file
 from thrifty.zoo.store import load_model
 
 DENSE, DYNAMIC = "resnet20-cifar10", "resnet20-cifar10-fbs"
+PROGRAM = str(thrifty.zoo.record(DENSE).program)
 QUICK = ("--seconds", "0.02")
 NO_TORCH = "import sys; sys.modules['torch'] = None; from thrifty.cli import main; sys.argv[0] = 'thrifty'; main()"
 
@@ -93,6 +94,12 @@ def test_bench_on_photographs_measures_what_trained_gates_decide() -> None:
         (("compile", "resnet20", "-o", "model.pt"), "must end in .thrifty or .onnx"),
         (("compile", "resnet20", "-o", "m.thrifty", "--density", "0.5"), "is a dense network"),
         (("compile", DENSE, "-o", "m.thrifty", "--density", "0.5"), "is a dense model"),
+        (("compile", DYNAMIC, "-o", "m.thrifty", "--method", "fbs"), "leave --image and --method out"),
+        (("compile", DYNAMIC, "-o", "m.thrifty", "--image", "64"), "leave --image and --method out"),
+        (("compile", "resnet20", "-o", "m.thrifty", "--net", "resnet20"), "leave --net out"),
+        (("compile", "resnet20", "-o", "m.thrifty", "--method", "lcnet", "--density", "0.4"), "lcnet has none"),
+        (("compile", "resnet20", "-o", "m.thrifty", "--method", "fbs", "--density", "0"), "density is 0"),
+        (("compile", PROGRAM, "-o", "m.onnx"), "A program is for thrifty.load"),
         (("doctor", "resnet20", "--method", "none"), "has no gates"),
     ],
 )

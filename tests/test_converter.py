@@ -18,7 +18,7 @@ from thrifty.converter import convert
 from thrifty.dynamic import Dynamic, decisions
 from thrifty.errors import ConversionError, ThriftyError
 from thrifty.gates import GatedConv
-from thrifty.methods.fbs import FBS
+from thrifty.methods import FBS, AntiDote, LCNet
 
 METHOD = FBS(density=0.5, max_overhead=9.0)
 
@@ -193,7 +193,7 @@ def test_where() -> None:
 def test_density_that_names_no_layer() -> None:
     model, x = net()
     for inplace in (False, True):
-        with pytest.raises(ThriftyError, match=r"density names 'c7'.*They are: c0, c1"):
+        with pytest.raises(ThriftyError, match=r"'c7' fits the name of no gated layer.*They are: c0, c1"):
             convert(model, FBS(density={"c0": 0.5, "c7": 0.5}, max_overhead=9.0), x, inplace=inplace)
     assert type(model) is Model
     assert not any(isinstance(module, GatedConv) for module in model.modules())
@@ -251,6 +251,38 @@ def broken(model: Any) -> Any:
 def test_errors(model: Any, example: Any, message: str) -> None:
     with pytest.raises(ConversionError, match=message):
         convert(model(), METHOD, example)
+
+
+@pytest.mark.parametrize("method", ["fbs", None, FBS], ids=str)
+def test_a_method_must_be_a_config(method: Any) -> None:
+    with pytest.raises(ConversionError, match="must be a method's config, such as"):
+        convert(Model(), method, torch.randn(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("method", [FBS(where="layr*"), LCNet(where=["c9", "layr*"]), AntiDote(where="layr*")], ids=str)
+def test_patterns_that_select_nothing(method: Any) -> None:
+    with pytest.raises(ConversionError, match=r"where=.*layr.* leaves no layer gated"):
+        convert(Model(), method, torch.randn(1, 3, 16, 16))
+
+
+def test_compiled_models_are_refused() -> None:
+    with pytest.raises(ConversionError, match="convert the model before"):
+        convert(torch.compile(Model(), backend="eager"), METHOD, torch.randn(1, 3, 16, 16))
+
+
+class WithOptions(Model):
+    def forward(self, x: Tensor, features: bool = False, scale: float | None = None) -> Tensor:  # type: ignore[override]
+        y = super().forward(x)
+        if features:
+            return y
+        return y if scale is None else y * scale
+
+
+def test_options_of_forward_stay_at_their_defaults() -> None:
+    model, x = WithOptions().eval(), torch.randn(2, 3, 16, 16)
+    dynamic = convert(model, FBS(density=1.0, max_overhead=9.0), x)
+    assert list(dynamic.gates()) == ["c0", "c1"]
+    torch.testing.assert_close(dynamic(x), model(x))
 
 
 def test_twice() -> None:

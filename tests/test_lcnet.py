@@ -336,6 +336,14 @@ def test_set_budget() -> None:
     assert count_macs(dynamic, x).mean == before
 
 
+def test_a_budget_never_lowers_the_threshold_that_gates_learned_with() -> None:
+    dynamic, _, x = small(threshold=0.3)
+    open_at_random(dynamic)
+    before = count_macs(dynamic, x).total
+    set_budget(dynamic, 1.0, x)
+    assert torch.equal(count_macs(dynamic, x).total, before)
+
+
 def test_open_shares() -> None:
     dynamic, _, x = small()
     open_at_random(dynamic)

@@ -16,12 +16,14 @@ from small_nets import NETS
 from torch import Tensor, nn
 
 import thrifty
+from thrifty.converter import convert
 from thrifty.decision import Decision
 from thrifty.dynamic import decisions
 from thrifty.errors import LoweringError
 from thrifty.gates import ChannelGate, LoweredGate
 from thrifty.lowering import lower
 from thrifty.macs import count_macs
+from thrifty.methods.antidote import AntiDote
 from thrifty.methods.fbs import FBSGate
 from thrifty.program import Preprocessing, Program
 from thrifty.reference import run_reference
@@ -238,6 +240,13 @@ def test_refusals_name_operation_layer_and_place(case: str) -> None:
         lower(Written(function), torch.randn(1, 4, 7, 6))
     assert "test_lowering.py:" in str(caught.value)
     assert "Supported are: conv2d, linear" in str(caught.value)
+
+
+def test_refusals_of_gates_name_layer_and_place() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.PixelShuffle(2), nn.Conv2d(2, 4, 3))
+    x = torch.randn(1, 3, 9, 9)
+    with pytest.raises(LoweringError, match=r"the gate in 2 \(.+\) takes values that were moved"):
+        lower(convert(net, AntiDote(channels=0.5, where="2"), x), x)
 
 
 @pytest.mark.parametrize(

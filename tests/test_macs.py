@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -163,6 +164,17 @@ def test_distribution() -> None:
 def test_no_inputs() -> None:
     with pytest.raises(ThriftyError, match="no inputs"):
         count_macs(nn.Linear(2, 2), [])
+
+
+@pytest.mark.parametrize("inputs", [torch.zeros(0, 3, SIZE, SIZE), [], [(torch.zeros(0, 3, SIZE, SIZE), None)]])
+def test_empty_batches(inputs: Any) -> None:
+    with pytest.raises(ThriftyError, match="no inputs"):
+        count_macs(NETS["Functional"](), inputs)
+
+
+def test_inputs_must_be_tensors() -> None:
+    with pytest.raises(ThriftyError, match="torch tensors, not of ndarray"):
+        count_macs(NETS["Functional"](), np.zeros((2, 3, SIZE, SIZE), np.float32))  # type: ignore[arg-type]
 
 
 def test_model_is_left_as_it_was() -> None:

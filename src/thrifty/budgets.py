@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -30,13 +30,17 @@ def set_budget(model: Dynamic, share: float, inputs: Tensor | Iterable[Any], per
         The share that was reached.
 
     Raises:
-        ThriftyError: the share or the percentile is out of range, or the share less than the model costs at its full
-            strength; it stays as it was.
+        ThriftyError: the share or the percentile is out of range, nothing is gated, the inputs can be read but once, or
+            the share is less than the model costs at its full strength; it stays as it was.
     """
     if percentile is not None and not 0 <= percentile <= 100:
         raise ThriftyError(f"percentile is {percentile!r}, but must be in [0, 100].")
     if not isinstance(model, Dynamic):
         raise ThriftyError(f"{type(model).__name__} is a dense model and has no budget. Convert it first.")
+    if not model.gates():
+        raise ThriftyError(f"no layer of this {type(model).__name__} is gated: its `conversion` says why.")
+    if isinstance(inputs, Iterator):
+        raise ThriftyError("inputs are read repeatedly: give a list or a loader, not an iterator.")
     dense = model.conversion.total_macs
     buffers = [buffer for gate in model.gates().values() for buffer in gate.buffers()]
     before = [buffer.clone() for buffer in buffers]

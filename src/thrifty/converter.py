@@ -38,6 +38,9 @@ def convert(model: nn.Module, method: MethodConfig, example: Tensor, *, inplace:
         raise ConversionError(f"the model is dynamic already ({model.method.name}). Convert the dense one.")
     if not isinstance(model, nn.Module):
         raise ConversionError(f"convert takes a torch.nn.Module, not a {type(model).__name__}.")
+    if not isinstance(method, MethodConfig):
+        given = method.__name__ if isinstance(method, type) else repr(method)
+        raise ConversionError(f"method is {given}, but must be a method's config, such as thrifty.FBS(density=0.5).")
     if not isinstance(example, Tensor) or example.ndim != 4:
         given = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
         raise ConversionError(f"example must be a batch of inputs [N, C, H, W], not {given}.")
@@ -64,6 +67,11 @@ def convert(model: nn.Module, method: MethodConfig, example: Tensor, *, inplace:
         modules = dict(model.named_modules())
         sites = tuple(site.of(modules) for site in sites)
     places = method.place(model, sites)
+    if method.where is not None and not callable(method.where) and not any(place.gated for place in places):
+        raise ConversionError(
+            f"where={method.where!r} leaves no layer gated: no layer that it names can be. "
+            "Without where, the report `conversion` of the result says which can."
+        )
     conversion = Conversion(method.name, places, int(total[0]))
     log.info(conversion.summary())
     dynamic = make_dynamic(model, method, conversion)

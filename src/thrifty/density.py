@@ -54,4 +54,5 @@ def check_patterns(density: Density, names: Iterable[str]) -> None:
     names = tuple(names)
     for pattern in density if isinstance(density, Mapping) else ():
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ThriftyError(f"density names {pattern!r}, but no gated layer does. They are: {', '.join(names)}.")
+            layers = f"They are: {', '.join(names)}." if names else "There is none: the model's `conversion` says why."
+            raise ThriftyError(f"{pattern!r} fits the name of no gated layer. {layers}")

@@ -104,8 +104,8 @@ class Engine:
     """
 
     def __init__(self, program: Program, threads: int = 1) -> None:
-        if isinstance(threads, bool) or not isinstance(threads, int):
-            raise ThriftyError(f"threads is {threads!r}, but must be an integer.")
+        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+            raise ThriftyError(f"threads is {threads!r}, but must be an integer of 1 or more.")
         self._program = self._made = program
         self._gates = program.gated
         normalise = program.preprocessing
@@ -114,7 +114,7 @@ class Engine:
                 program.buffers,
                 operator_tuples(program),
                 program.output,
-                min(max(threads, 0), 1 << 20),
+                min(threads, 1 << 20),
                 mean=normalise.mean if normalise else None,
                 std=normalise.std if normalise else None,
             )

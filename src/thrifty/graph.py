@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -145,16 +146,34 @@ def trace(model: nn.Module) -> Structure:
     Raises:
         ConversionError: the model's forward depends on values, which torch.fx cannot follow.
     """
-    tracer = _Tracer()
+    if isinstance(model, torch.jit.ScriptModule) or type(model).__name__ == "OptimizedModule":  # of torch.compile
+        raise ConversionError(
+            f"a {type(model).__name__} hides its layers: convert the model before torch.compile or jit."
+        )
     with evaluating(model), _without_hooks(model):
         try:
-            graph = tracer.trace(model)
+            tracer, graph = _traced(model)
         except Exception as error:  # fx runs the user's forward, which may raise anything on a proxy
             raise ConversionError(
                 f"torch.fx cannot trace {type(model).__name__}: {' '.join(str(error).split())[:300]}. Make its forward "
-                "independent of values (shapes are fine), or mark the helper that depends on them with torch.fx.wrap."
+                "go the same way for all inputs, without `if` or `assert` on their values or shapes, or mark the "
+                "helper that needs them with torch.fx.wrap."
             ) from error
     return Structure(graph, dict(model.named_modules()), tracer.opaque)
+
+
+def _traced(model: nn.Module) -> tuple[_Tracer, fx.Graph]:
+    """The graph of a model that is given its inputs alone: what its forward takes besides stays at its default."""
+    tracer = _Tracer()
+    taken = list(inspect.signature(model.forward).parameters.values())[1:]
+    options = {p.name: p.default for p in taken if p.default is not p.empty}
+    try:
+        return tracer, tracer.trace(model)
+    except Exception:
+        if not options:
+            raise
+    tracer = _Tracer()
+    return tracer, tracer.trace(model, concrete_args=options)
 
 
 def conv_sites(model: nn.Module, example: Tensor) -> tuple[ConvSite, ...]:

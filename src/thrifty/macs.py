@@ -74,9 +74,14 @@ def count_macs(model: nn.Module, inputs: Tensor | Iterable[Any]) -> MacCount:
     Raises:
         ThriftyError: there is no input.
     """
-    batches = [inputs] if isinstance(inputs, Tensor) else inputs
-    counts = [_count_batch(model, batch if isinstance(batch, Tensor) else batch[0]) for batch in batches]
-    if not counts or not sum(len(count.total) for count in counts):
+    counts = []
+    for batch in [inputs] if isinstance(inputs, Tensor) else inputs:
+        x = batch if isinstance(batch, Tensor) else batch[0]
+        if not isinstance(x, Tensor):
+            raise ThriftyError(f"inputs must be a batch or batches of torch tensors, not of {type(x).__name__}.")
+        if len(x):
+            counts.append(_count_batch(model, x))
+    if not counts:
         raise ThriftyError("there are no inputs to count MACs for. Give at least one.")
     return MacCount(
         torch.cat([count.total for count in counts]), *(_joined(counts, part) for part in ("layers", "gates"))

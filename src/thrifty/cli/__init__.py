@@ -55,7 +55,8 @@ def main() -> None:
             raise
         _fail(str(missing_extra(error, "this command")), 1)
     except UsageError as error:
-        _fail(f"{_message(error)} See: {_help_of(error)}", 2)
+        message = _message(error)  # none where all that was asked for is the help, which has been printed
+        _fail(message and f"{message} See: {_help_of(error)}", 2)
     except (KeyboardInterrupt, typer.Abort) as stop:
         _fail(str(stop) or "stopped", 130)
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
@@ -75,5 +76,6 @@ def _message(error: Exception) -> str:
 
 
 def _fail(message: str, status: int) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    if message:
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)

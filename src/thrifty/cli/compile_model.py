@@ -47,7 +47,14 @@ def run(
     """
     if output.suffix not in {".thrifty", ONNX}:
         raise ThriftyError(f"the output is {output}, but must end in .thrifty or {ONNX}.")
-    program = _trained(model, net, density) if _is_trained(model) else _network(model, image, method, density)
+    if _is_trained(model):
+        if image is not None or method is not None:
+            raise ThriftyError(f"{model} is a trained model as it is: leave --image and --method out.")
+        program = _trained(model, net, density)
+    else:
+        if net is not None:
+            raise ThriftyError(f"{model} is a network itself: leave --net out.")
+        program = _network(model, image, method, density)
     (save_onnx if output.suffix == ONNX else save_program)(program, output)
     lines = str(program).splitlines()
     for line in lines if show else lines[-1:]:
@@ -70,8 +77,11 @@ def _trained(model: str, net: str | None, density: float | None) -> Program:
 
 def _network(model: str, image: int | None, method: str | None, density: float | None) -> Program:
     from thrifty.benchmarking.subjects import find_subject  # noqa: PLC0415
+    from thrifty.methods import METHODS  # noqa: PLC0415
 
     if density is not None and method is None:
         raise ThriftyError(f"--density was given, but {model} is a dense network. Give --method fbs too.")
-    subject = find_subject(model, image, method or "none", density=density or 0.5)
+    if density is not None and method in METHODS and not hasattr(METHODS[method], "density"):
+        raise ThriftyError(f"--density was given, but {method} has none: it takes settings of its own.")
+    subject = find_subject(model, image, method or "none", density=0.5 if density is None else density)
     return subject.dense if subject.dynamic is None else subject.dynamic

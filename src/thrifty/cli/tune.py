@@ -108,6 +108,8 @@ def _dynamic(source: str, net: str | None, method: str | None, axes: tuple[str, 
         return model, card
     if method is None:
         raise ThriftyError(f"{source} is a dense model: give --method antidote or --method fbs.")
+    if method in {"lcnet", "gumbel"}:
+        raise ThriftyError(f"{method} has no ratios to tune: it learns what to skip. Give --method antidote or fbs.")
     settings: dict[str, Any] = {"density": 1.0}
     if method == "antidote":  # a ratio above zero, or there would be no gates; the sweep sets its own
         settings = {"channels": 0.5, "columns": 0.5 if "columns" in axes else 0.0}

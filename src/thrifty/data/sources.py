@@ -84,7 +84,9 @@ def _edge(path: Path) -> int:
 
 def _split_directory(root: Path, split: str) -> Path:
     if not root.is_dir():
-        raise DataError(f"there is no directory {root}. Give the root of an ImageFolder with --set data.root=…")
+        raise DataError(
+            f"there is no directory {root}. Give the root of an ImageFolder: --root, in a recipe data.root."
+        )
     names = ("train",) if split == "train" else ("test", "val")
     for name in names:
         if (root / name).is_dir():

@@ -93,7 +93,10 @@ class _Recorder(TorchDispatchMode):
         if isinstance(module, Gate) and output is not None:
             x = self.values.get(inputs[0])
             if isinstance(x, Value):
-                self._gate(module, x, output)
+                try:
+                    self._gate(module, x, output)
+                except LoweringError as error:
+                    raise LoweringError(f"the gate in {self.graph.scope} ({self.graph.place}) {error}.") from error
 
     def _gate(self, gate: Gate, x: Value, output: tuple[Any, ...]) -> None:
         """Note what a gate makes of x: its decisions are for executors, nothing else may read them."""

@@ -194,6 +194,12 @@ class AttentionGate(InputGate, SpreadGate):
         self.by_channels = self.by_columns = False
         self.prepare_spread()
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        # What was saved may prune on an axis that this gate left alone so far.
+        self.by_channels = self.by_channels or int(self.kept_channels) < self.channels
+        self.by_columns = self.by_columns or int(self.kept_columns) < self.positions
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if self.training and self.dropout == "none":
             return x, None, None

@@ -139,6 +139,11 @@ class BudgetConfig(MethodConfig, ABC):
     relax: float = 1 / 3
     max_overhead: float = 0.5
 
+    @property
+    def least_threshold(self) -> float:
+        """The threshold that gates learn with."""
+        return 0.0
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.target <= 1:
@@ -247,7 +252,7 @@ class BudgetConfig(MethodConfig, ABC):
 
     def set_strength(self, model: Dynamic, strength: float) -> None:
         """Put every gate's threshold there: at 0 gates decide as they learned to, at 1 almost none opens."""
-        self.set_threshold(model, min(strength, HIGHEST_THRESHOLD))
+        self.set_threshold(model, min(max(strength, self.least_threshold), HIGHEST_THRESHOLD))
 
     def set_threshold(self, model: Dynamic, threshold: float) -> None:
         """Let every gate's threshold be that, in [0, 1), from now on; what it means is the method's."""
@@ -284,7 +289,7 @@ def _module(model: nn.Module, block: Block) -> nn.Module:
 
 def check_threshold(threshold: float) -> None:
     """An error where a threshold is not in [0, 1)."""
-    if isinstance(threshold, bool) or not 0 <= threshold < 1:
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < 1:
         raise ThriftyError(f"a threshold of scores must be in [0, 1), not {threshold!r}.")
 
 

@@ -77,6 +77,11 @@ class LCNet(BudgetConfig):
             raise ThriftyError(f"LCNet leak is {self.leak!r}, but must not be negative.")
         check_threshold(self.threshold)
 
+    @property
+    def least_threshold(self) -> float:
+        """The threshold that gates learn with."""
+        return self.threshold
+
     def place(self, model: nn.Module, sites: tuple[ConvSite, ...]) -> tuple[Place, ...]:
         """Gate every residual block and a convolution in each, where they can take it."""
         blocks = residual_blocks(model)

@@ -64,9 +64,11 @@ def _own(module: str, function: str) -> Callable[..., Any]:
     here = str(Path.cwd())
     if here not in sys.path:  # as `python -m` does, so that a file in the working directory is found
         sys.path.insert(0, here)
+    if not module or not function:
+        raise ThriftyError(f"{module}:{function} names no function of a module. Give {FORMS}.")
     try:
         found = getattr(importlib.import_module(module), function)
-    except ImportError as error:
+    except (ImportError, SyntaxError) as error:
         raise ThriftyError(f"cannot import {module!r}: {error}. Give {FORMS}.") from error
     except AttributeError as error:
         raise ThriftyError(f"module {module!r} has no {function!r}.") from error

@@ -101,7 +101,12 @@ def read_card(path: str | Path) -> ModelCard:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("thrifty-model")
         if text is None:
-            raise CheckpointError(f"{path} was not written by thrifty: it has no model card.")
+            raise CheckpointError(
+                f"{path} holds no trained model: it has no model card. A program is for thrifty.load, and for the "
+                "commands predict, bench and doctor."
+                if Path(path).suffix == ".thrifty"
+                else f"{path} was not written by thrifty: it has no model card."
+            )
         values = json.loads(text)
         version = values.pop("format")
         if version > FORMAT:
