@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -203,6 +204,27 @@ def test_convert_takes_a_users_own_network(tmp_path: Path) -> None:
     assert "2 of 2 convolutions gated" in output("convert", "mine:net", "--size", "16", cwd=tmp_path)
     done = run("convert", "mine2:net", cwd=tmp_path)
     assert "must return a torch.nn.Module" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("def net(:", "cannot import 'broken': SyntaxError"),
+        ("raise KeyError('weights')", "cannot import 'broken': KeyError: 'weights'"),
+        ("def net(): return {}['weights']", "network 'broken:net' could not be made: KeyError: 'weights'"),
+        ("", "module 'broken' has no 'net'"),
+    ],
+)
+def test_a_users_own_network_that_fails_is_told_in_one_line(
+    source: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    sys.modules.pop("broken", None)
+    importlib.invalidate_caches()
+    _, message = error_of(("convert", "broken:net"), monkeypatch, capsys)
+    assert words in message
 
 
 def test_predict_agrees_with_python_and_tells_the_cost(tmp_path: Path) -> None:

@@ -299,7 +299,11 @@ def test_density_is_set_without_building_anew(tmp_path: Any) -> None:
     engine.save(tmp_path / "m.thrifty")
     assert load(tmp_path / "m.thrifty")(x).tobytes() == engine(x).tobytes()
     assert engine(x).tobytes() != before.tobytes()
-    for density, message in ((0, "must be a number"), ({"nothing*": 0.5}, "fits the name of no gated layer"), (True, "True")):
+    for density, message in (
+        (0, "must be a number"),
+        ({"nothing*": 0.5}, "fits the name of no gated layer"),
+        (True, "True"),
+    ):
         with pytest.raises(ThriftyError, match=message):
             engine.set_density(density)  # type: ignore[arg-type]
     dense = Builder((1, 2, 2))

@@ -45,8 +45,8 @@ def build_net(name: str, **arguments: Any) -> nn.Module:
         builder = _own(prefix, rest)
     try:
         model = builder(**arguments)
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise ThriftyError(f"network {name!r} could not be made: {error}") from error
+    except Exception as error:  # as may what makes the network
+        raise ThriftyError(f"network {name!r} could not be made: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ThriftyError(f"{name!r} returned a {type(model).__name__}, but must return a torch.nn.Module.")
     return model
@@ -67,11 +67,12 @@ def _own(module: str, function: str) -> Callable[..., Any]:
     if not module or not function:
         raise ThriftyError(f"{module}:{function} names no function of a module. Give {FORMS}.")
     try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, SyntaxError) as error:
-        raise ThriftyError(f"cannot import {module!r}: {error}. Give {FORMS}.") from error
-    except AttributeError as error:
-        raise ThriftyError(f"module {module!r} has no {function!r}.") from error
+        imported = importlib.import_module(module)
+    except Exception as error:  # a module of the user's own may raise anything
+        raise ThriftyError(f"cannot import {module!r}: {type(error).__name__}: {error}. Give {FORMS}.") from error
+    found = getattr(imported, function, None)
+    if found is None:
+        raise ThriftyError(f"module {module!r} has no {function!r}.")
     if not callable(found):
         raise ThriftyError(f"{module}:{function} is a {type(found).__name__}, but must be a function or a class.")
     return found
