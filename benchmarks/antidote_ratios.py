@@ -23,8 +23,9 @@ STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 TRAINED = "resnet20-cifar10-antidote"
 COMPARED = {
-    "targeted dropout": TRAINED,
-    "random criterion": "resnet20-cifar10-antidote-random",
+    "targeted dropout, twenty epochs": TRAINED,
+    "targeted dropout, six epochs": "resnet20-cifar10-antidote-short",
+    "random criterion, six epochs": "resnet20-cifar10-antidote-random",
     "pruned at test time alone": "resnet20-cifar10",
     "pruned at test time alone, random": "resnet20-cifar10",
 }
