@@ -191,7 +191,7 @@ def test_convert_reports_places_and_coverage() -> None:
     assert report["macs"] < report["dense_macs"]
     text = output("convert", "resnet20", "--size", "32", "--where", "layer1*")
     assert "not selected by where=" in text
-    assert "6 of 19 convolutions gated" in text
+    assert "6 of 19 layers gated" in text
 
 
 def test_convert_takes_a_users_own_network(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_convert_takes_a_users_own_network(tmp_path: Path) -> None:
         "nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))\n"
     )
     (tmp_path / "mine2.py").write_text("def net(): return 'no module'\n")
-    assert "2 of 2 convolutions gated" in output("convert", "mine:net", "--size", "16", cwd=tmp_path)
+    assert "2 of 2 layers gated" in output("convert", "mine:net", "--size", "16", cwd=tmp_path)
     done = run("convert", "mine2:net", cwd=tmp_path)
     assert "must return a torch.nn.Module" in done.stderr
 

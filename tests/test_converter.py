@@ -209,7 +209,7 @@ def test_report() -> None:
     text = str(conversion)
     assert "not selected by where=" in text
     assert f"{cost:,}" in text
-    assert conversion.summary() == f"fbs: 1 of 2 convolutions gated, {cost / total:.1%} of {total / 1e6:,.2f} M MACs"
+    assert conversion.summary() == f"fbs: 1 of 2 layers gated, {cost / total:.1%} of {total / 1e6:,.2f} M MACs"
 
 
 class Untraceable(Net):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -54,6 +56,22 @@ def test_a_batch_is_its_images_bit_for_bit(threads: int) -> None:
         assert engine.trace(x).output.tobytes() == wanted.tobytes()
         engine._native.fill_memory(float("nan"))
         assert engine(x).tobytes() == wanted.tobytes()
+
+
+def test_copies_are_set_as_the_engine_is() -> None:
+    program = network()
+    engine, x = Engine(program, 2), images(program, 3)
+    whole = engine.trace(x).macs
+    engine.set_budget(0.9, x)
+    twins = (copy.deepcopy(engine), pickle.loads(pickle.dumps(engine)))  # noqa: S301 (our own bytes)
+    for twin in twins:
+        assert twin.threads == 2
+        assert twin.density == engine.density
+        assert twin(x).tobytes() == engine(x).tobytes()
+        assert (twin.trace(x).macs > whole).all()
+    for twin in (engine, *twins):
+        twin.set_budget(0.95, x)  # the range is still the whole one
+        assert twin(x).tobytes() == engine(x).tobytes()
 
 
 @pytest.mark.parametrize("threads", [1, 3])

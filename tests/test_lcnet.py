@@ -240,6 +240,36 @@ def test_a_closed_gate_opens_again_where_the_budget_allows() -> None:
     assert count_macs(dynamic, x).mean > 0.98 * dynamic.conversion.total_macs
 
 
+def test_the_report_has_linear_layers_that_are_skipped_with_their_block() -> None:
+    x = torch.randn(1, 3, 32, 32)
+    dynamic = convert(network("torchvision convnext_tiny", x), LCNet(channels=False), x)
+    dense = count_macs(dynamic, x).layers
+    report = dynamic.conversion
+    skipped = {name for gate in budgeted(dynamic).values() for name in gate.members}
+    assert {place.name for place in report.places if place.gated} == skipped
+    assert sum("block.3" in name for name in skipped) == 18
+    assert report.coverage == pytest.approx(sum(float(dense[name]) for name in skipped) / report.total_macs)
+
+
+def test_channels_pay_by_the_root_of_what_one_costs() -> None:
+    dynamic, _, x = small()
+    saved = {}
+    for name, gate in budgeted(dynamic).items():
+        if isinstance(gate, LayerGate):
+            assert gate.toll == 1
+            continue
+        dense = count_macs(dynamic, x).mean
+        bias = gate.predictor.bias
+        with torch.no_grad():
+            bias[0] -= 9
+            saved[name] = dense - count_macs(dynamic, x).mean
+            bias[0] += 9
+    assert len(set(saved.values())) > 1
+    mean = sum(saved.values()) / len(saved)
+    for name, cost in saved.items():
+        assert budgeted(dynamic)[name].toll ** 2 == pytest.approx(cost / mean, rel=1e-5)
+
+
 def test_the_price() -> None:
     """Each step adds rate * (ratio - goal), never below 0; blocks pay a share that rises over `relax`."""
     dynamic, _, x = small(target=0.4, rate=0.2, relax=0.5)
@@ -257,7 +287,8 @@ def test_the_price() -> None:
         dynamic.method.advance(dynamic, progress)
         for gate in gates.values():
             assert float(gate.price) == pytest.approx(price, abs=1e-6)
-            assert float(gate.charged) == pytest.approx(price * (done if isinstance(gate, LayerGate) else 1), abs=1e-6)
+            paid = done if isinstance(gate, LayerGate) else gate.toll
+            assert float(gate.charged) == pytest.approx(price * paid, abs=1e-6)
         before = price
         dynamic.regularization()  # of no new pass
         assert float(next(iter(gates.values())).price) == pytest.approx(before, abs=1e-6)

@@ -9,7 +9,7 @@ COLUMNS = ("layer", "gated", "MACs", "gate MACs", "note")
 
 @dataclass(frozen=True)
 class Place:
-    """One convolution.
+    """One convolution, or a linear layer that is skipped with its block.
 
     Attributes:
         name: its name in the model.
@@ -32,7 +32,7 @@ class Conversion:
 
     Attributes:
         method: name of the method.
-        places: every convolution of the model in the order of execution.
+        places: every convolution of the model in the order of execution, then linear layers that layer gates skip.
         total_macs: dense MACs of the whole model per input.
     """
 
@@ -46,7 +46,7 @@ class Conversion:
         return sum(place.macs for place in self.places if place.gated) / self.total_macs if self.total_macs else 0.0
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
-        """The report as text, a row a convolution, under `COLUMNS`."""
+        """The report as text, a row a layer, under `COLUMNS`."""
         return [
             (p.name, "yes" if p.gated else "no", f"{p.macs:,}", f"{p.gate_macs:,}" if p.gated else "", p.note)
             for p in self.places
@@ -61,9 +61,9 @@ class Conversion:
         return "\n".join([*lines, self.summary()])
 
     def summary(self) -> str:
-        """One line: how many convolutions are gated and what share of the MACs they hold."""
+        """One line: how many layers are gated and what share of the MACs they hold."""
         gated = sum(place.gated for place in self.places)
         return (
-            f"{self.method}: {gated} of {len(self.places)} convolutions gated, "
+            f"{self.method}: {gated} of {len(self.places)} layers gated, "
             f"{self.coverage:.1%} of {self.total_macs / 1e6:,.2f} M MACs"
         )

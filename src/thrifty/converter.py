@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from thrifty.conversion import Conversion
+from thrifty.conversion import Conversion, Place
 from thrifty.dynamic import Dynamic, make_dynamic, taken_names
 from thrifty.errors import ConversionError
+from thrifty.gates import LayerGate
 from thrifty.graph import conv_sites
 from thrifty.macs import count_macs
 from thrifty.methods.base import MethodConfig
@@ -58,7 +60,7 @@ def convert(model: nn.Module, method: MethodConfig, example: Tensor, *, inplace:
         if not tensor.isfinite().all():
             raise ConversionError(f"{name} of the model has NaN or infinite values. Repair the weights first.")
     try:
-        total = count_macs(model, example[:1]).total
+        dense = count_macs(model, example[:1])
     except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
         raise ConversionError(f"the model does not take an example of shape {tuple(example.shape)}: {error}") from error
     sites = conv_sites(model, example[:1])
@@ -72,8 +74,19 @@ def convert(model: nn.Module, method: MethodConfig, example: Tensor, *, inplace:
             f"where={method.where!r} leaves no layer gated: no layer that it names can be. "
             "Without where, the report `conversion` of the result says which can."
         )
-    conversion = Conversion(method.name, places, int(total[0]))
+    macs = {name: int(count[0]) for name, count in dense.layers.items()}
+    places += tuple(_skipped(model, macs.keys() - {place.name for place in places}, macs))
+    conversion = Conversion(method.name, places, int(dense.total[0]))
     log.info(conversion.summary())
     dynamic = make_dynamic(model, method, conversion)
     method.measure(dynamic, example[:1])
     return dynamic
+
+
+def _skipped(model: nn.Module, names: Collection[str], macs: Mapping[str, int]) -> Iterator[Place]:
+    """Those of these layers that run only if a layer gate opens: linear ones, for methods report convolutions."""
+    for gate in model.modules():
+        if isinstance(gate, LayerGate):
+            for name in gate.members:
+                if name in names:
+                    yield Place(name, True, f"block {gate.block}: layer gate", macs[name])

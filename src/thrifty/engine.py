@@ -296,6 +296,10 @@ class Engine:
         """
         save_program(self.program, path)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies, in other processes too, prepare their own weights and threads and are set as this one is now."""
+        return _restored, (self._made, self.program, self.threads)
+
     def __repr__(self) -> str:
         shape = "x".join(map(str, self._program.buffers[0]))
         gates = f", {len(self._gates)} gates at density {self.density:.2f}" if self._gates else ""
@@ -383,6 +387,15 @@ def load(path: str | Path, threads: int = 1) -> Engine:
         ThriftyError: the file is missing, damaged or of a newer version, or `threads` is out of range.
     """
     return Engine(read_program(path), threads)
+
+
+def _restored(made: Program, now: Program, threads: int) -> Engine:
+    """An engine for the program `made`, with its gates set as they are in `now`."""
+    engine = Engine(made, threads)
+    for place in engine._gates.values():
+        for setting in SETTINGS[str(made.operators[place].gate)]:
+            engine._native.set(place, setting, now.operators[place].setting(setting))
+    return engine
 
 
 def _kept(decision: Decision) -> str:

@@ -4,7 +4,9 @@ How the budget is met is this project's own: by a price. Each gate's scores are 
 cost more than the goal and falls while they cost less, at every step by `rate` times the difference of the batch mean
 of executed over dense MACs and the goal. So the loss is the network's alone, scores are learned by what they do for
 it, and the price decides how many of them pay. In the first part `relax` of training the goal descends from 1 to the
-target, and layer gates pay a share of the price that rises from 0 to 1, so that whole blocks close last.
+target, and layer gates pay a share of the price that rises from 0 to 1, so that whole blocks close last. Channels pay
+by the root of the MACs that one of them costs, over the mean of all gates of channels: dear ones close earlier. (By the
+MACs themselves whole layers close, those with few and dear channels; without regard to them many cheap channels do.)
 
 For each input the executed MACs are a sum of products: of each layer its dense MACs times the open share of its
 outputs, of its inputs and of its block. Which gates a layer depends on is measured at conversion by closing one gate at
@@ -63,6 +65,10 @@ class Costs:
         self.weights = torch.tensor([weight for weight, _ in terms], dtype=torch.float32)
         self.progress = 1.0
 
+    def of(self, gate: int) -> float:
+        """Share of the dense MACs that depends on the gate of this number."""
+        return float(self.weights[(self.factors == gate).any(1)].sum())
+
     def ratio(self, shares: Tensor) -> Tensor:
         """Executed over dense MACs, [N], of inputs that leave `shares` [N, gates] open."""
         shares = torch.cat([shares, torch.ones_like(shares[:, :1])], 1)
@@ -79,6 +85,7 @@ class Budgeted(MeanPredictor, Gate):
         threshold: raised after training to meet a budget, a scalar buffer.
         price: the same for all gates, a scalar buffer that travels with the weights.
         charged: of the price, a scalar buffer.
+        toll: what the gate pays in full, over the price.
         opened: of the latest forward pass in training, [N]: the share that was decided on; None once it was counted.
         share: its mean, 1 before any.
         costs: of the whole model, shared by its gates.
@@ -87,6 +94,7 @@ class Budgeted(MeanPredictor, Gate):
     threshold: Tensor
     price: Tensor
     charged: Tensor
+    toll: float = 1.0
     opened: Tensor | None = None
     share: float | Tensor = 1.0
     costs: Costs | None = None
@@ -159,8 +167,14 @@ class BudgetConfig(MethodConfig, ABC):
         if not gates:
             return
         costs = _measure(model, example)
-        for gate in gates.values():
+        dear = {}
+        for number, gate in enumerate(gates.values()):
             gate.costs = costs
+            if not isinstance(gate, LayerGate):
+                dear[gate] = costs.of(number) / gate.predictor.out_features
+        total = sum(dear.values())
+        for gate, cost in dear.items():
+            gate.toll = (cost / total * len(dear)) ** 0.5 if total else 1.0
 
     def finish(self, model: Dynamic, x: Tensor) -> None:
         """Raise the threshold until x cost the target on average, should they cost more: evaluation is no batch.
@@ -207,7 +221,7 @@ class BudgetConfig(MethodConfig, ABC):
             if gate.costs is not None:
                 gate.costs.progress = progress
             # Not when the price moves: the backward pass that follows then still needs what was charged.
-            gate.charged.copy_(gate.price * (done if isinstance(gate, LayerGate) else 1))
+            gate.charged.copy_(gate.price * gate.toll * (done if isinstance(gate, LayerGate) else 1))
 
     def set_density(self, model: Dynamic, density: float | Mapping[str, float]) -> None:
         """There is no density to set: gates decide by scores.
