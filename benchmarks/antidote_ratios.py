@@ -25,6 +25,7 @@ TRAINED = "resnet20-cifar10-antidote"
 COMPARED = {
     "targeted dropout, twenty epochs": TRAINED,
     "targeted dropout, six epochs": "resnet20-cifar10-antidote-short",
+    "one for all ratios, six epochs": "resnet20-cifar10-antidote-any",
     "random criterion, six epochs": "resnet20-cifar10-antidote-random",
     "pruned at test time alone": "resnet20-cifar10",
     "pruned at test time alone, random": "resnet20-cifar10",

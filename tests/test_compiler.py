@@ -78,6 +78,42 @@ def test_an_engine_that_differs_from_its_model_is_refused() -> None:
     assert torch.equal(engine(x), 3 * x)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * x[0, 0, 0].tolist()[0],
+        lambda x: x * float(x.detach().numpy().std()),
+        lambda x: x / x.shape[0],
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_what_is_frozen_of_the_example_is_refused(function: Callable[[Tensor], Tensor], count: int) -> None:
+    with pytest.raises(LoweringError, match="what left torch"):
+        thrifty.compile(Written(function), torch.randn(count, 3, 16, 16))
+
+
+def test_an_answer_of_another_shape_is_refused() -> None:
+    weight = torch.randn(1, 1, 1, 1)
+    with pytest.raises(LoweringError, match=r"but the model's is \[1, 1, 3, 3\]"):
+        thrifty.compile(Written(lambda x: x.mean((2, 3)) * weight), torch.randn(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "nearest", "bilinear"])
+def test_points_that_move_at_the_same_size_are_refused(mode: str) -> None:
+    x = torch.randn(1, 3, 8, 8)
+    moved = lambda x: nn.functional.interpolate(x, scale_factor=1.1, mode=mode)  # noqa: E731
+    with pytest.raises(LoweringError, match="moves its points"):
+        thrifty.compile(Written(moved), x)
+    same = thrifty.compile(Written(lambda x: nn.functional.interpolate(x, size=8, mode=mode)), x)
+    assert torch.equal(same(x), x)
+
+
+def test_a_tensor_that_is_read_as_negated() -> None:
+    engine = thrifty.compile(Written(lambda x: x * 2), torch.randn(1, 3, 16, 16))
+    z = torch.randn(1, 3, 16, 16, dtype=torch.complex64)
+    assert torch.equal(engine(z.conj().imag), -2 * z.imag)
+
+
 def test_models_whose_answer_is_not_finite_are_refused() -> None:
     with pytest.raises(LoweringError, match="NaN or infinite"):
         thrifty.compile(Written(lambda x: x * float("inf")), torch.randn(1, 3, 16, 16))

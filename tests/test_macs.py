@@ -344,3 +344,19 @@ def batches(x: Tensor) -> Iterator[Tensor]:
 def test_generator_of_batches() -> None:
     x = torch.randn(5, 3, 8, 8)
     assert count_macs(nn.Conv2d(3, 2, 3), batches(x)).total.tolist() == [3 * 2 * 9 * 36] * 5
+
+
+class FilterOfEachInput(nn.Module):
+    """A convolution whose filters follow from the input, as conditional convolutions compute it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        filters = torch.ones(n, 5, c, 3, 3) * x.mean((2, 3))[:, None, :, None, None]
+        return F.conv2d(x.reshape(1, n * c, h, w), filters.reshape(n * 5, c, 3, 3), groups=n).reshape(
+            n, 5, h - 2, w - 2
+        )
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_filters_of_each_inputs_own_cost_each_input_its_own(count: int) -> None:
+    assert count_macs(FilterOfEachInput(), torch.randn(count, 4, 9, 8)).total.tolist() == [5 * 4 * 9 * 7 * 6] * count

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.multiprocessing.spawn import spawn
 from train_support import FBS, assert_same_run, command, make_recipe, result, run, write_folder, write_teacher
@@ -114,6 +115,7 @@ def _norms() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
         nn.BatchNorm2d(6), nn.ReLU(), nn.BatchNorm2d(6, momentum=None), nn.BatchNorm2d(6, affine=False)
     )
     norms.append(nn.BatchNorm2d(6, track_running_stats=False))
+    norms.append(BatchNormAct2d(6))
     norms[0].weight.data.normal_()
     norms[2].weight.requires_grad_(False)
     return norms, torch.randn(8, 6, 5, 3) * 3 + 2, torch.randn(8, 6, 5, 3)
@@ -148,7 +150,7 @@ def test_global_batch_norm_is_batch_norm_of_the_whole_batch(tmp_path):
     for _ in range(2):
         y = norms(x)
     y.backward(g)
-    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-4, atol=5e-5)  # noqa: E731
     close(torch.cat([part[0] for part in parts]), y.detach())
     close(torch.cat([part[1] for part in parts]), x.grad)
     expected = {name: p.grad for name, p in norms.named_parameters() if p.grad is not None}
@@ -165,5 +167,5 @@ def test_batch_norm_alone_is_torchs_own(tmp_path):
     expected = norms(x)
     norms, x, _ = _norms()
     synchronise_batch_norm(norms)
-    assert [type(norm) for norm in norms].count(GlobalBatchNorm2d) == 4
+    assert [isinstance(norm, GlobalBatchNorm2d) for norm in norms].count(True) == 5
     assert torch.equal(norms(x), expected)

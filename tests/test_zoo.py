@@ -179,7 +179,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ThriftyError):
             load_model(path)
     save_model(path, model, ModelCard(**{**CARD.__dict__, "net": "os:system", "arguments": {"command": "true"}}))
-    with pytest.raises(CheckpointError, match="not a zoo network"):
+    with pytest.raises(CheckpointError, match="code of your own"):
         load_model(path)
     with pytest.raises(CheckpointError, match="does not fit"):
         load_model(path, build("resnet32"))
@@ -192,6 +192,24 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
         find_weights("nothing")
     with pytest.raises(CheckpointError, match="no model 'nothing'"):
         thrifty.zoo.load("nothing")
+
+
+def test_trained_torchvision_and_timm_networks_are_rebuilt_from_their_files(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    x = torch.randn(2, 3, 32, 32)
+    for net, key in (("torchvision:resnet18", "num_classes"), ("timm:resnet10t", "num_classes")):
+        arguments = {key: 10}
+        model = build_net(net, **arguments).eval()
+        save_model(path, model, ModelCard(**{**CARD.__dict__, "net": net, "arguments": arguments}))
+        loaded, _ = load_model(path)
+        assert torch.equal(loaded(x), model(x))
+        hostile = arguments | {"weights" if "torchvision" in net else "checkpoint_path": "/etc/passwd"}
+        save_model(path, model, ModelCard(**{**CARD.__dict__, "net": net, "arguments": hostile}))
+        with pytest.raises(ThriftyError, match="made with fresh weights"):
+            load_model(path)
+    save_model(path, model, ModelCard(**{**CARD.__dict__, "net": "timm:hf-hub:some/one", "arguments": {}}))
+    with pytest.raises(ThriftyError, match="timm has no network"):
+        load_model(path)
 
 
 def test_a_newer_files_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

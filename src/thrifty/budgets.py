@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from thrifty.dynamic import Dynamic
+from thrifty.dynamic import Dynamic, hooked
 from thrifty.errors import ThriftyError
 from thrifty.macs import count_macs
 from thrifty.strength import find_strength
@@ -30,8 +30,9 @@ def set_budget(model: Dynamic, share: float, inputs: Tensor | Iterable[Any], per
         The share that was reached.
 
     Raises:
-        ThriftyError: the share or the percentile is out of range, nothing is gated, the inputs can be read but once, or
-            the share is less than the model costs at its full strength; it stays as it was.
+        ThriftyError: the share or the percentile is out of range, nothing is gated, the inputs can be read but once or
+            are of another size than the model was converted for, or the share is less than the model costs at its full
+            strength; it stays as it was.
     """
     if percentile is not None and not 0 <= percentile <= 100:
         raise ThriftyError(f"percentile is {percentile!r}, but must be in [0, 100].")
@@ -47,7 +48,8 @@ def set_budget(model: Dynamic, share: float, inputs: Tensor | Iterable[Any], per
 
     def cost(strength: float) -> float:
         model.method.set_strength(model, strength)
-        found = count_macs(model, inputs)
+        with hooked([model.register_forward_pre_hook(lambda _model, x: model.conversion.check_shape(x[0]))]):
+            found = count_macs(model, inputs)
         return (found.mean if percentile is None else found.percentile(percentile)) / dense
 
     try:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from thrifty.errors import ThriftyError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COLUMNS = ("layer", "gated", "MACs", "gate MACs", "note")
 
@@ -34,11 +40,21 @@ class Conversion:
         method: name of the method.
         places: every convolution of the model in the order of execution, then linear layers that layer gates skip.
         total_macs: dense MACs of the whole model per input.
+        input_shape: [C, H, W] of the inputs for which MACs are given, those of the example.
     """
 
     method: str
     places: tuple[Place, ...]
     total_macs: int
+    input_shape: tuple[int, ...]
+
+    def check_shape(self, x: Tensor) -> None:
+        """An error where inputs x [N, C, H, W] are not of the shape for which MACs are given."""
+        if tuple(x.shape[1:]) != self.input_shape:
+            raise ThriftyError(
+                f"inputs are {list(x.shape[1:])}, but the model was converted for {list(self.input_shape)}, of which "
+                "shares of the MACs are taken. Convert it with an example of the new shape and load its state_dict."
+            )
 
     @property
     def coverage(self) -> float:

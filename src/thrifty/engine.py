@@ -344,7 +344,7 @@ class Engine:
                 raise ThriftyError(f"the input must be a dense tensor on the CPU, not {x.layout} on {x.device}.")
             if str(x.dtype) not in {"torch.float32", "torch.uint8"}:
                 raise ThriftyError(f"the input is {x.dtype}, but must be float32 or uint8.")
-            x = x.detach().numpy()
+            x = x.detach().resolve_neg().numpy()
         if not isinstance(x, np.ndarray):
             raise ThriftyError(f"the input is {type(x).__name__}, but must be a NumPy array or a torch tensor.")
         if x.dtype not in (np.float32, np.uint8):

@@ -18,7 +18,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def top_k_mask(scores: Tensor, k: int | Tensor) -> Tensor:
-    """The k highest scores of each row; equal scores go to the lowest index.
+    """The k highest scores of each row; equal scores go to the lowest index, NaN comes last.
 
     Args:
         scores: [N, C].
@@ -27,19 +27,21 @@ def top_k_mask(scores: Tensor, k: int | Tensor) -> Tensor:
     Returns:
         bool [N, C] with exactly min(k, C) true in each row, of its own k where there are several.
     """
-    order = torch.sort(scores.detach(), dim=1, descending=True, stable=True).indices
+    ranked = scores.detach()
+    order = torch.sort(ranked.where(~ranked.isnan(), -torch.inf), dim=1, descending=True, stable=True).indices
     places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(1, order, places)
     return rank < k
 
 
-def strengths(images: int, offset: Tensor) -> Tensor:
+def strengths(images: int, offset: Tensor, first: int = 0) -> Tensor:
     """Strengths [images, 1] in [0, 1] for a batch: about a quarter of them 0, a quarter 1, the others between.
 
     They are spread evenly over the batch (as the multiples of the golden ratio are over the unit interval), from
-    another one on for every `offset`, a scalar in [0, 1).
+    another one on for every `offset`, a scalar in [0, 1). `first` is the number of the first image in the batch.
     """
-    numbers = torch.arange(images, device=offset.device, dtype=torch.float32)  # others can't tell many images apart
+    # Smaller types than float32 can't tell many images apart.
+    numbers = torch.arange(first, first + images, device=offset.device, dtype=torch.float32)
     return (2 * torch.frac(offset.float() + numbers * 0.6180339887) - 0.5).clamp(0, 1)[:, None]
 
 
@@ -131,6 +133,7 @@ class SpreadGate(Gate):
     Attributes:
         offset: of `strengths`, a scalar buffer.
         spread: whether that is so; else all images get what is set.
+        rank: number of this process, each of which holds a part of the batch.
     """
 
     offset: Tensor
@@ -139,10 +142,12 @@ class SpreadGate(Gate):
         """What every budget for itself needs, not spread at first."""
         self.register_buffer("offset", torch.tensor(0.0), persistent=False)
         self.spread = False
+        self.rank = 0
 
     def spread_from(self, offset: float | None) -> None:
         """Spread the strengths of the next batch from `offset` on; None: no longer."""
         self.spread = offset is not None
+        self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         if offset is not None:
             self.offset.fill_(offset)
 
@@ -160,7 +165,7 @@ class SpreadGate(Gate):
         """
         if not (self.training and self.spread):
             return given
-        share = 1 - ratio * strengths(images, self.offset).double()
+        share = 1 - ratio * strengths(images, self.offset, self.rank * images).double()
         return torch.ceil(share * of - 1e-9).clamp(min=1).to(torch.int64)
 
 

@@ -52,7 +52,10 @@ def _convolution(call: Call) -> None:
     active = call.activity(x)
     if call.by_columns and active is not None:
         products = _products(active.any(1), weight, *call.args[3:6])
-    call.macs = per_input(products * (inputs * outputs).sum(1), call.count)
+    by_group = inputs * outputs
+    if len(x) == 1 and groups % call.count == 0:  # filters of each input's own, in groups of one row
+        by_group = by_group.reshape(call.count, -1)
+    call.macs = per_input(products * by_group.sum(1), call.count)
 
 
 def _products(columns: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any) -> Tensor:

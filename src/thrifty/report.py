@@ -87,10 +87,11 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         )
     if x.ndim != 4 or len(x) != 1:
         raise ThriftyError(f"one input [1, C, H, W] can be explained, not {list(x.shape)}.")
+    model.conversion.check_shape(x)
     decisions: dict[str, Decision] = {}
     attention: dict[str, NDArray[np.float32]] = {}
     saliencies: dict[str, NDArray[np.float32]] = {}
-    dense: dict[str, int] = {place.name: place.macs for place in model.conversion.places}
+    linear: dict[str, int] = {}
     logits: list[Tensor] = []
 
     def decided(name: str) -> Any:
@@ -107,7 +108,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
 
     def multiplied(name: str) -> Any:
         def hook(layer: nn.Linear, _inputs: object, output: Tensor) -> None:
-            dense[name] = dense.get(name, 0) + output.numel() * layer.in_features
+            linear[name] = linear.get(name, 0) + output.numel() * layer.in_features
 
         return hook
 
@@ -121,6 +122,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     handles.append(model.register_forward_hook(lambda _model, _inputs, output: logits.append(output)))
     with hooked(handles):
         counted = count_macs(model, x)
+    dense = linear | {place.name: place.macs for place in model.conversion.places}
     executed = {name: int(macs[0]) for name, macs in counted.layers.items()}
     return Explanation(
         method=model.method.name,

@@ -96,7 +96,7 @@ def find_subject(
     from thrifty.converter import convert  # noqa: PLC0415
     from thrifty.lowering import lower  # noqa: PLC0415
     from thrifty.methods import METHODS, method_config  # noqa: PLC0415
-    from thrifty.zoo.resolve import build_net  # noqa: PLC0415
+    from thrifty.zoo.resolve import build_net, usual_size  # noqa: PLC0415
     from thrifty.zoo.store import load_model  # noqa: PLC0415
 
     if Path(source).is_file() or source in {record.name for record in records()}:
@@ -110,7 +110,7 @@ def find_subject(
                 raise ThriftyError(f"{source} is a dynamic model already: leave --method, --where and --set out.")
             return _of_trained(source, model, build_net(card.net, **card.arguments), size, preprocessing)
     else:
-        model, size, preprocessing = build_net(source), image or _usual_size(source), None
+        model, size, preprocessing = build_net(source), image or usual_size(source), None
     model = model.eval()
     example = torch.zeros(1, 3, size, size)
     dense = lower(model, example)
@@ -255,9 +255,3 @@ def _of_trained(source: str, model: Any, dense: nn.Module, size: int, preprocess
     dense = dense.eval()
     gated = lower(model, example)
     return Subject(source, lower(dense, example), dense, gated, model.method.name, True, preprocessing)
-
-
-def _usual_size(source: str) -> int:
-    from thrifty.zoo.nets import NETS  # noqa: PLC0415
-
-    return 32 if source in NETS else 224

@@ -26,7 +26,10 @@ def run(
         list[str] | None,
         typer.Option(help="Gate only layers whose names fit this pattern, such as 'layer*'; repeatable."),
     ] = None,
-    size: Annotated[int, typer.Option(min=1, help="Height and width of the example in pixels.")] = 224,
+    size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Height and width of the example in pixels; 32 for zoo networks, else 224."),
+    ] = None,
     channels: Annotated[int, typer.Option(min=1, help="Channels of the example.")] = 3,
     as_json: Json = False,
 ) -> None:
@@ -39,12 +42,13 @@ def run(
     from thrifty.converter import convert  # noqa: PLC0415
     from thrifty.macs import count_macs  # noqa: PLC0415
     from thrifty.methods import method_config  # noqa: PLC0415
-    from thrifty.zoo.resolve import build_net  # noqa: PLC0415
+    from thrifty.zoo.resolve import build_net, usual_size  # noqa: PLC0415
 
     settings = settings_of(changes or ()) | ({} if density is None else {"density": density})
     config = method_config(method, {"where": tuple(where) if where else None, **settings})
     torch.manual_seed(0)
-    example = torch.randn(1, channels, size, size)
+    pixels = size or usual_size(net)
+    example = torch.randn(1, channels, pixels, pixels)
     dynamic = convert(build_net(net), config, example, inplace=True)
     conversion = dynamic.conversion
     macs = count_macs(dynamic, example).mean

@@ -75,14 +75,21 @@ def open_model(source: str, net: str | None, density: float | None) -> tuple[nn.
     """The model that a command was asked for, in evaluation mode, at the density asked for."""
     from thrifty.dynamic import Dynamic  # noqa: PLC0415 (torch is imported by commands that need it)
     from thrifty.zoo.resolve import build_net  # noqa: PLC0415
-    from thrifty.zoo.store import load_model  # noqa: PLC0415
+    from thrifty.zoo.store import find_weights, load_model, read_card  # noqa: PLC0415
 
-    model, card = load_model(source, None if net is None else build_net(net))
+    given = None if net is None else build_net(net, **read_card(find_weights(source)).arguments)
+    model, card = load_model(source, given)
     if density is not None:
         if not isinstance(model, Dynamic):
             raise ThriftyError(f"--density was given, but {source} is a dense model.")
         model.set_density(density)
     return model, card
+
+
+def model_name(source: str) -> str:
+    """What files made for a model are called: its name in the zoo, that of its run, or that of its file."""
+    path = Path(source)
+    return path.resolve().parent.name if path.name == "model.safetensors" else path.stem
 
 
 def settings_of(changes: Iterable[str]) -> dict[str, Any]:

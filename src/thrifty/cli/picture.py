@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from thrifty.cli.options import Density, Net, Threads, may_write, open_model, set_threads
+from thrifty.cli.options import Density, Net, Threads, may_write, model_name, open_model, set_threads
 from thrifty.cli.output import console, millions, percent
 from thrifty.errors import ThriftyError, require
 
@@ -35,7 +35,7 @@ def run(
     each layer's MACs beside what they would be if nothing were skipped. An earlier picture of this command's is
     overwritten, any other file is not.
     """
-    path = output if output is not None else Path(f"{picture.stem}-{Path(model).stem}.png")
+    path = output if output is not None else Path(f"{picture.stem}-{model_name(model)}.png")
     if path.suffix.lower() != ".png":
         raise ThriftyError(f"the output is {path}, but must end in .png.")
     require("matplotlib", "thrifty show")
@@ -53,5 +53,5 @@ def run(
     share = explanation.macs / explanation.dense_total
     found = f"{card.classes[best]}, {percent(float(explanation.probabilities[best]))}"
     cost = f"{millions(explanation.macs)} MACs, {percent(share)} of dense"
-    draw(explanation, pixels[0].numpy(), path, f"{picture.name}: {found}; {Path(model).stem}: {cost}", layers)
+    draw(explanation, pixels[0].numpy(), path, f"{picture.name}: {found}; {model_name(model)}: {cost}", layers)
     console.print(f"{found}  {cost}  {path}", highlight=False, soft_wrap=True, markup=False)

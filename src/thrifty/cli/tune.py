@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from thrifty.cli.options import Json, Model, Net, Several, Threads, open_model, photographs, set_threads
+from thrifty.cli.options import Json, Model, Net, Several, Threads, model_name, open_model, photographs, set_threads
 from thrifty.cli.output import console, millions, percent, print_json, table
 from thrifty.errors import DataError, ThriftyError, require
 
@@ -84,7 +84,7 @@ def run(
     proposal = sensitivity.propose(target, floor)
     proposal.apply(dynamic)
     measured = evaluate(dynamic, loader)
-    directory = output if output is not None else Path("runs") / f"tune-{Path(model).stem}-{dynamic.method.name}"
+    directory = output if output is not None else Path("runs") / f"tune-{model_name(model)}-{dynamic.method.name}"
     sensitivity.to_csv(directory / "sensitivity.csv")
     sensitivity.plot(directory / "sensitivity.png", proposal)
     if as_json:
@@ -119,15 +119,12 @@ def _dynamic(source: str, net: str | None, method: str | None, axes: tuple[str, 
 
 def _held_out(images: ImageSet, count: int) -> ImageSet:
     """At most `count` of the photographs that recipes hold out of training, of all classes alike."""
-    import torch  # noqa: PLC0415
-
-    from thrifty.data.loader import split  # noqa: PLC0415
+    from thrifty.data.loader import sample, split  # noqa: PLC0415
 
     _, held = split(images, VALIDATION, seed=0)
     if not len(held):
         raise DataError(f"{len(images)} training photographs are too few to hold {VALIDATION:.0%} of them out.")
-    order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))
-    return held.subset(order[:count]).decoded()
+    return sample(held, count).decoded()
 
 
 class _Bar:

@@ -37,6 +37,11 @@ def split(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet
     return images.subset(order[held:].sort().values), images.subset(order[:held].sort().values)
 
 
+def sample(images: ImageSet, count: int) -> ImageSet:
+    """At most `count` of the photographs, of all classes alike, always the same ones."""
+    return images.subset(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count])
+
+
 @dataclass(frozen=True)
 class TrainingLoader:
     """Shuffled, augmented batches of one epoch after another; a last, smaller batch is left out.

@@ -86,6 +86,9 @@ def identity_if_same_size(call: Call) -> Tracked:
     value = call.value(call.first())
     if tuple(call.output.shape) != value.shape:
         raise LoweringError(f"resizes a map from {list(value.shape[2:])} to {list(call.output.shape[2:])}")
+    scales = call.get("scale_factors") or (call.get("scales_h"), call.get("scales_w"))
+    if any(scale not in (None, 1) for scale in scales):
+        raise LoweringError(f"resizes a map by {scales}, which moves its points though its size stays")
     return value
 
 

@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+AT_A_TIME = 64
+"""Photographs in a batch when the threshold is set."""
+
 PROBE_VALUES = 8 * 3 * 224 * 224
 """Values of the inputs that are probed at a time."""
 
@@ -181,10 +184,13 @@ class BudgetConfig(MethodConfig, ABC):
 
         A run too short to part scores has none that brings the cost down so far: that is logged, and all stays.
         """
-        if not budgeted(model) or not len(x):
+        if not budgeted(model):
+            return
+        if not len(x):
+            log.warning("%s has no held out photographs to meet its target of %s by.", self.name, self.target)
             return
         try:
-            set_budget(model, self.target, x)
+            set_budget(model, self.target, x.split(AT_A_TIME))
         except ThriftyError as error:
             log.warning("%s missed its target of %s: %s", self.name, self.target, error)
 

@@ -187,7 +187,8 @@ class FBS(MethodConfig):
             magnitude = gamma.abs()
             floor = FLOOR * magnitude.mean()
             rho.copy_(torch.where(magnitude > floor, magnitude, floor if floor > 0 else torch.ones_like(floor)))
-            norm.bias.div_(rho)
+            if norm.bias is not None:
+                norm.bias.div_(rho)
             gamma.copy_(torch.where(magnitude > floor, gamma.sign(), gamma / rho))
         _freeze_signs(norm)
 

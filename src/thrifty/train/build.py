@@ -12,8 +12,8 @@ from thrifty.data.images import ImageSet
 from thrifty.dynamic import evaluating
 from thrifty.errors import CheckpointError, RecipeError
 from thrifty.train.recipe import Recipe
-from thrifty.zoo.resolve import build_net
-from thrifty.zoo.store import load_into, load_model
+from thrifty.zoo.resolve import build_net, is_own
+from thrifty.zoo.store import find_weights, load_into, load_model, read_card
 
 
 def load_data(recipe: Recipe) -> tuple[ImageSet, ImageSet]:
@@ -59,13 +59,20 @@ def build_teacher(recipe: Recipe, images: ImageSet) -> nn.Module | None:
     """
     if recipe.distill is None:
         return None
-    teacher, card = load_model(recipe.distill.teacher)
+    source = recipe.distill.teacher
+    card = read_card(find_weights(source))
+    own = card.net == recipe.model.net and is_own(card.net)  # code that the recipe names may run
+    teacher, _ = load_model(source, build_net(card.net, **card.arguments) if own else None)
     data = recipe.data
-    if len(card.classes) != len(images.classes) or (card.mean, card.std) != (data.mean, data.std):
+    if card.classes != images.classes:
         raise CheckpointError(
-            f"teacher {recipe.distill.teacher} knows {len(card.classes)} classes, mean {card.mean} and std {card.std}; "
-            f"this run has {len(images.classes)} classes, mean {data.mean} and std {data.std}. Choose a teacher "
-            "that was trained on the same classes with the same data settings."
+            f"teacher {source} knows the classes {', '.join(card.classes[:12])}; this run has "
+            f"{', '.join(images.classes[:12])}. Choose a teacher that was trained on the same classes in this order."
+        )
+    if (card.mean, card.std) != (data.mean, data.std):
+        raise CheckpointError(
+            f"teacher {source} takes mean {card.mean} and std {card.std}; this run has mean {data.mean} and std "
+            f"{data.std}. Choose a teacher that was trained with the same data settings."
         )
     return teacher.eval().requires_grad_(False)
 

@@ -6,11 +6,15 @@ than one process with the whole batch.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+log = logging.getLogger(__name__)
 
 
 class _Total(torch.autograd.Function):
@@ -61,8 +65,29 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         cast(Tensor, self.running_var).lerp_(variance * count / max(1, count - 1), share)
 
 
+class GlobalBatchNormAct2d(GlobalBatchNorm2d):
+    """The same for timm's normalisation that holds the activation behind it."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [N, C, H, W], then activate it."""
+        return cast(Tensor, self.act(self.drop(super().forward(x))))
+
+
 def synchronise_batch_norm(model: nn.Module) -> None:
-    """Make every BatchNorm2d of `model` share its statistics over processes, in place; parameters stay the same."""
-    for module in model.modules():
+    """Make the batch normalisations of `model` share statistics over processes, in place; parameters stay the same.
+
+    Those of kinds that are not known keep the statistics of their own process, and a warning names them.
+    """
+    left = []
+    for name, module in model.named_modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = GlobalBatchNorm2d
+        elif type(module).__name__ == "BatchNormAct2d":
+            module.__class__ = GlobalBatchNormAct2d
+        elif isinstance(module, _BatchNorm) and not isinstance(module, GlobalBatchNorm2d):
+            left.append(f"{name} ({type(module).__name__})")
+    if left:
+        log.warning("these normalise each process's part of a batch by itself: %s", ", ".join(left))

@@ -94,7 +94,7 @@ class Trainer:
             check_new(directory, self.checkpoint_path)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
         self.log = RunLog(directory, main=self.accelerator.is_main_process)
         self.log.rows = rows
         self.interrupt = Interrupt()
@@ -289,10 +289,11 @@ class Trainer:
             self.observer.epoch(row)
 
     def _held_out(self, count: int) -> Tensor:
-        """The first photographs of the validation set, as the model takes them."""
-        few = self.validation.images(torch.arange(min(count, len(self.validation))))
+        """Some photographs of the validation set, as the model takes them."""
+        few = loader.sample(self.validation, count)
         section = self.recipe.data
-        return normalise(few, section.mean, section.std).to(self.accelerator.device)
+        pixels = few.images(torch.arange(len(few)))
+        return normalise(pixels, section.mean, section.std).to(self.accelerator.device)
 
     def _evaluated(self) -> nn.Module:
         return self.model if self.average is None else self.average.module

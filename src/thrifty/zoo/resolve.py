@@ -17,6 +17,9 @@ from torch import nn
 from thrifty.errors import ThriftyError, require
 from thrifty.zoo.nets import NETS, build
 
+ELSEWHERE = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "weights", "weights_backbone")
+"""Arguments by which torchvision and timm fetch or read weights: here those come from recipes and model files."""
+
 FORMS = "a zoo network, torchvision:NAME, timm:NAME or module:function"
 
 
@@ -34,12 +37,17 @@ def build_net(name: str, **arguments: Any) -> nn.Module:
         if name in NETS:
             return build(name, **arguments)
         prefix, rest = _library(name), name
+    fetching = [key for key in ELSEWHERE if key in arguments]
+    if fetching and not is_own(name):
+        raise ThriftyError(f"network {name!r} is made with fresh weights and takes no {', '.join(fetching)}.")
     builder: Callable[..., Any]
     if prefix == "torchvision":
         models = require("torchvision.models", f"network {name}")
         builder = lambda **rest_of: models.get_model(rest, weights=None, **rest_of)  # noqa: E731
     elif prefix == "timm":
         timm = require("timm", f"network {name}")
+        if not timm.is_model(rest):
+            raise ThriftyError(f"timm has no network {rest!r}. `timm.list_models()` names them.")
         builder = lambda **rest_of: timm.create_model(rest, pretrained=False, **rest_of)  # noqa: E731
     else:
         builder = _own(prefix, rest)
@@ -50,6 +58,17 @@ def build_net(name: str, **arguments: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ThriftyError(f"{name!r} returned a {type(model).__name__}, but must return a torch.nn.Module.")
     return model
+
+
+def usual_size(name: str) -> int:
+    """Height and width in pixels of what a network of this name takes, if nothing else is said."""
+    return 32 if name in NETS else 224
+
+
+def is_own(name: str) -> bool:
+    """Whether a network's name is that of a function of the user's own."""
+    prefix, colon, _ = name.partition(":")
+    return bool(colon) and prefix not in ("torchvision", "timm")
 
 
 def _library(name: str) -> str:

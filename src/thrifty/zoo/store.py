@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from thrifty.converter import convert
-from thrifty.errors import CheckpointError, ThriftyError
+from thrifty.errors import CheckpointError, MissingExtraError, ThriftyError
 from thrifty.files import replacing, sha256
 from thrifty.methods import method_config
-from thrifty.zoo.nets import NETS, build
 from thrifty.zoo.records import records
+from thrifty.zoo.resolve import build_net, is_own
 
 FORMAT = 1
 
@@ -27,7 +27,7 @@ class ModelCard:
     """What a file says of its model.
 
     Attributes:
-        net: name of the network's definition; only zoo networks can be rebuilt from a file alone.
+        net: name of the network's definition, as `build_net` takes it.
         arguments: arguments of the definition.
         method: settings of the method that made it dynamic, with its name, or None for a dense model.
         classes: names of the classes, in the order of the logits.
@@ -57,7 +57,7 @@ def load_model(source: str | Path, net: nn.Module | None = None) -> tuple[nn.Mod
 
     Args:
         source: name of a zoo model, or a file written by `save_model`.
-        net: the dense network, for a file whose network is not one of the zoo's.
+        net: the dense network, for a file whose network is the user's own: a file's word is no reason to run code.
 
     Raises:
         CheckpointError: there is no such model, or the file is damaged, newer, or for another network.
@@ -65,10 +65,14 @@ def load_model(source: str | Path, net: nn.Module | None = None) -> tuple[nn.Mod
     path = find_weights(source)
     card = read_card(path)
     if net is None:
-        if card.net not in NETS:
-            raise CheckpointError(f"{path} holds weights of {card.net}, which is not a zoo network: give it as net=.")
+        if is_own(card.net):
+            raise CheckpointError(
+                f"{path} holds weights of {card.net}, code of your own: give it as net=, on the command line as --net."
+            )
         try:
-            net = build(card.net, **card.arguments)
+            net = build_net(card.net, **card.arguments)
+        except MissingExtraError:
+            raise
         except (ThriftyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: its network cannot be built: {error}") from error
     model = net.eval()
