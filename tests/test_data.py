@@ -17,7 +17,7 @@ from train_support import MEAN, STD, steady, write_folder
 from thrifty.data import images as images_module
 from thrifty.data.augment import crop_and_flip, normalise
 from thrifty.data.images import ImageSet, read_images
-from thrifty.data.loader import EvaluationLoader, TrainingLoader, seed_of, split
+from thrifty.data.loader import EvaluationLoader, TrainingLoader, sample, seed_of, split
 from thrifty.data.sources import image_folder, load
 from thrifty.errors import DataError
 
@@ -369,3 +369,14 @@ def test_an_error_while_loading_ahead_reaches_the_reader_and_ends_the_thread(tmp
     images.paths[0].unlink()
     with pytest.raises(DataError, match="there is no file"):
         list(TrainingLoader(images, 4, MEAN, STD, seed=1).epoch(0))
+
+
+def test_a_sample_has_all_classes() -> None:
+    images = ImageSet(
+        torch.arange(600) // 60, tuple("abcdefghij"), [str(i) for i in range(600)], torch.zeros(600, 2, 2, 3).byte()
+    )
+    few = sample(images, 64)
+    assert len(few) == 64
+    assert set(few.labels.tolist()) == set(range(10))
+    assert sample(images, 64).names == few.names
+    assert sorted(sample(images, 1000).names) == sorted(images.names)

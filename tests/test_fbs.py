@@ -303,6 +303,15 @@ def test_settings_are_checked(wrong: dict[str, Any]) -> None:
         FBS(**wrong)
 
 
+def test_a_normalisation_without_bias_starts_from_the_dense_function() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    norm = nn.BatchNorm2d(10)
+    norm.weight.data.normal_()
+    norm.bias = None
+    model = OneLayer(norm).eval()
+    torch.testing.assert_close(convert(model, FBS(density=1.0), x)(x), model(x))
+
+
 def test_gates_that_cost_too_much_are_refused() -> None:
     x = torch.randn(2, 3, 8, 8)
     model = OneLayer(nn.BatchNorm2d(10)).eval()

@@ -194,3 +194,9 @@ def test_scores_are_of_standardised_means() -> None:
     torch.testing.assert_close(scored.eval().predicted(x[:1]), alone, rtol=1e-12, atol=1e-12)
     folded, shifted = scored.of_means()
     torch.testing.assert_close(x.mean((2, 3)) @ folded.T + shifted, scored.predicted(x), rtol=1e-9, atol=1e-9)
+
+
+def test_nan_comes_last_and_infinity_does_not() -> None:
+    scores = torch.tensor([[float("nan"), 1.0, -2.0, float("nan"), float("inf")]])
+    assert top_k_mask(scores, 3).tolist() == [[False, True, True, False, True]]
+    assert top_k_mask(scores, 4).tolist() == [[True, True, True, False, True]]

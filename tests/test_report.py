@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from random_gates import randomly_gated
-from randomised import randomise
+from randomised import randomise, torchvision_cnn
 from small_nets import NETS, SIZE
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ from thrifty.errors import MissingExtraError, ThriftyError
 from thrifty.gates import Gate, GatedConv, LayerEntry, LayerExit, LayerGate, Link, MaskedConv, layer_names
 from thrifty.graph import replace_module
 from thrifty.macs import count_macs
-from thrifty.methods import AntiDote
+from thrifty.methods import AntiDote, LCNet
 from thrifty.report import MAPS, Explanation, draw, explain, picked_layers
 from thrifty.zoo.nets import build
 
@@ -235,3 +235,11 @@ def test_hostile_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         draw(explanation, IMAGE, tmp_path / "a.png", "title")
     assert list(tmp_path.iterdir()) == []
     assert isinstance(next(iter(dynamic.gates().values())), Gate)
+
+
+def test_linear_layers_of_blocks_are_counted_once() -> None:
+    x = torch.randn(1, 3, 32, 32)
+    model = randomise(torchvision_cnn("convnext_tiny"), x)
+    found = explain(convert(model, LCNet(channels=False), x), x)
+    assert found.dense == {name: int(macs[0]) for name, macs in count_macs(model, x).layers.items()}
+    assert sum(found.dense.values()) == found.dense_total
