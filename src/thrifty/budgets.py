@@ -48,12 +48,12 @@ def set_budget(model: Dynamic, share: float, inputs: Tensor | Iterable[Any], per
 
     def cost(strength: float) -> float:
         model.method.set_strength(model, strength)
-        with hooked([model.register_forward_pre_hook(lambda _model, x: model.conversion.check_shape(x[0]))]):
-            found = count_macs(model, inputs)
+        found = count_macs(model, inputs)
         return (found.mean if percentile is None else found.percentile(percentile)) / dense
 
     try:
-        return find_strength(cost, share)
+        with hooked([model.register_forward_pre_hook(lambda _model, x: model.conversion.check_shape(x[0]))]):
+            return find_strength(cost, share)
     except BaseException:
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)

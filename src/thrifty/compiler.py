@@ -13,6 +13,7 @@ from thrifty.dynamic import Dynamic, decisions, evaluating
 from thrifty.engine import Engine
 from thrifty.errors import LoweringError
 from thrifty.lowering import lower
+from thrifty.lowering.values import IMAGES
 from thrifty.program import Preprocessing
 
 TOLERANCE = 1e-3
@@ -21,7 +22,7 @@ TOLERANCE = 1e-3
 ROUNDINGS = 16
 """So many of its own roundings are allowed to a model of half precision, where they are more than that."""
 
-CHECKED = 3
+CHECKED = IMAGES + 1
 """Images that the check looks at, not as many as lowering looks at."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,12 +41,14 @@ class Conversion:
         method: name of the method.
         places: every convolution of the model in the order of execution, then linear layers that layer gates skip.
         total_macs: dense MACs of the whole model per input.
+        layers: dense MACs per input of each layer that has any, by name.
         input_shape: [C, H, W] of the inputs for which MACs are given, those of the example.
     """
 
     method: str
     places: tuple[Place, ...]
     total_macs: int
+    layers: Mapping[str, int]
     input_shape: tuple[int, ...]
 
     def check_shape(self, x: Tensor) -> None:

@@ -76,7 +76,7 @@ def convert(model: nn.Module, method: MethodConfig, example: Tensor, *, inplace:
         )
     macs = {name: int(count[0]) for name, count in dense.layers.items()}
     places += tuple(_skipped(model, macs.keys() - {place.name for place in places}, macs))
-    conversion = Conversion(method.name, places, int(dense.total[0]), tuple(example.shape[1:]))
+    conversion = Conversion(method.name, places, int(dense.total[0]), macs, tuple(example.shape[1:]))
     log.info(conversion.summary())
     dynamic = make_dynamic(model, method, conversion)
     method.measure(dynamic, example[:1])

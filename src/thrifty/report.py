@@ -91,7 +91,6 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     decisions: dict[str, Decision] = {}
     attention: dict[str, NDArray[np.float32]] = {}
     saliencies: dict[str, NDArray[np.float32]] = {}
-    linear: dict[str, int] = {}
     logits: list[Tensor] = []
 
     def decided(name: str) -> Any:
@@ -106,29 +105,18 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
 
         return hook
 
-    def multiplied(name: str) -> Any:
-        def hook(layer: nn.Linear, _inputs: object, output: Tensor) -> None:
-            linear[name] = linear.get(name, 0) + output.numel() * layer.in_features
-
-        return hook
-
     # Within the gates' own forward nothing is counted, so what the hooks compute costs nothing there.
     gates = model.gates()
     handles = [gate.register_forward_hook(decided(name)) for name, gate in gates.items()]
-    inside = {module for gate in gates.values() for module in gate.modules()}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module not in inside:
-            handles.append(module.register_forward_hook(multiplied(name)))
     handles.append(model.register_forward_hook(lambda _model, _inputs, output: logits.append(output)))
     with hooked(handles):
         counted = count_macs(model, x)
-    dense = linear | {place.name: place.macs for place in model.conversion.places}
     executed = {name: int(macs[0]) for name, macs in counted.layers.items()}
     return Explanation(
         method=model.method.name,
         probabilities=logits[0][0].float().softmax(0).cpu().numpy(),
         decisions=decisions,
-        dense={name: dense.get(name, macs) for name, macs in executed.items()},
+        dense={name: model.conversion.layers.get(name, macs) for name, macs in executed.items()},
         executed=executed,
         gates={name: int(macs[0]) for name, macs in counted.gates.items()},
         attention=attention,

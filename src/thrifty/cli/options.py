@@ -77,8 +77,8 @@ def open_model(source: str, net: str | None, density: float | None) -> tuple[nn.
     from thrifty.zoo.resolve import build_net  # noqa: PLC0415
     from thrifty.zoo.store import find_weights, load_model, read_card  # noqa: PLC0415
 
-    given = None if net is None else build_net(net, **read_card(find_weights(source)).arguments)
-    model, card = load_model(source, given)
+    path = find_weights(source)
+    model, card = load_model(path, None if net is None else build_net(net, **read_card(path).arguments))
     if density is not None:
         if not isinstance(model, Dynamic):
             raise ThriftyError(f"--density was given, but {source} is a dense model.")

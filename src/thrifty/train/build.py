@@ -60,9 +60,10 @@ def build_teacher(recipe: Recipe, images: ImageSet) -> nn.Module | None:
     if recipe.distill is None:
         return None
     source = recipe.distill.teacher
-    card = read_card(find_weights(source))
+    path = find_weights(source)
+    card = read_card(path)
     own = card.net == recipe.model.net and is_own(card.net)  # code that the recipe names may run
-    teacher, _ = load_model(source, build_net(card.net, **card.arguments) if own else None)
+    teacher, _ = load_model(path, build_net(card.net, **card.arguments) if own else None)
     data = recipe.data
     if card.classes != images.classes:
         raise CheckpointError(
