@@ -237,17 +237,24 @@ def test_large_finite_weights_are_fine(tmp_path: Path) -> None:
 def test_loading_is_quick_and_needs_no_torch(file: Path) -> None:
     code = f"import sys, thrifty; thrifty.load({str(file)!r}); print('torch' in sys.modules)"
 
-    def used() -> float:
-        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return spent.ru_utime + spent.ru_stime
-
-    times = []
-    for _ in range(5):
-        before = used()
+    def seconds(code: str) -> tuple[float, str]:
+        """Of the CPU: the machine may have other work."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        times.append(used() - before)  # of the CPU: the machine may have other work
-        assert done.stdout.strip() == "False"
-    assert min(times) < 0.3, f"the quickest of {len(times)} starts took {min(times):.2f} s of CPU time"
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout.strip()
+
+    starts, alone = [], []
+    for _ in range(5):
+        spent, torch_loaded = seconds(code)
+        assert torch_loaded == "False"
+        starts.append(spent)
+        alone.append(seconds("import numpy")[0])
+    # A machine on which NumPy alone takes most of the time (its threads, a slow disk) says nothing of ours.
+    bound = max(0.3, 1.7 * min(alone))
+    assert min(starts) < bound, (
+        f"the quickest start took {min(starts):.2f} s of CPU time, NumPy alone {min(alone):.2f} s"
+    )
 
 
 def test_an_engine_saves_the_densities_that_are_set(file: Path, tmp_path: Path) -> None:
