@@ -56,8 +56,11 @@ def pairs(low: int, high: int) -> st.SearchStrategy[tuple[int, int]]:
 
 @st.composite
 def cases(draw: Any) -> Case:
-    if draw(st.integers(0, 3)) == 0:
+    kind = draw(st.integers(0, 7))
+    if kind < 2:
         return draw(plain_cases())
+    if kind == 2:
+        return draw(wide_cases())
     groups = draw(st.sampled_from([1, 1, 1, 2, 3, 8]))
     depthwise = groups == 8 and draw(st.booleans())
     inputs = groups * (1 if depthwise else draw(st.sampled_from([1, 2, 3, 5, 8, 13, 16, 17, 40])))
@@ -92,6 +95,19 @@ def plain_cases(draw: Any) -> Case:
     return Case(
         draw(channels), draw(channels), 1, (3, 3), (1, 1), (1, 1), padding, size, draw(shares), draw(shares),
         draw(st.booleans()), draw(st.sampled_from(["none", "relu", "gelu"])), draw(st.integers(0, 999)),
+    )  # fmt: skip
+
+
+@st.composite
+def wide_cases(draw: Any) -> Case:
+    """1x1 filters with so many channels that their inputs are packed, all at once or block after block."""
+    shares = st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0])
+    stride = draw(st.sampled_from([1, 1, 2, 3]))
+    padding = draw(st.sampled_from([(0, 0, 0, 0), (0, 0, 0, 0), (1, 0, 0, 2)]))
+    return Case(
+        draw(st.sampled_from([128, 131, 700])), draw(st.sampled_from([32, 37])), 1, (1, 1), (stride, stride), (1, 1),
+        padding, draw(st.tuples(st.integers(1, 19), st.integers(1, 19))), draw(shares), draw(shares),
+        draw(st.booleans()), draw(st.sampled_from(["none", "relu"])), draw(st.integers(0, 999)),
     )  # fmt: skip
 
 

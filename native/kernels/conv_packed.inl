@@ -18,8 +18,11 @@ public:
     }
 
     int tasks(const ConvCall& call, int threads) const override {
+        // Each task reads all weights once for every block of panels: no less than a block, if every thread gets one.
         const int panels = panels_of(shape_.out_height * shape_.out_width);
-        return Cut::tasks(panels, tasks_for(macs(call), threads), threads, 1);
+        const int blocks = panels / block_of(call.active_in.count / shape_.groups * shape_.taps());
+        const int worth = std::min(tasks_for(macs(call), threads), std::max(blocks / threads, 1) * threads);
+        return Cut::tasks(panels, worth, threads, 1);
     }
     std::int64_t macs(const ConvCall& call) const override { return macs_of(shape_, call); }
     const char* kernel() const override { return "packed"; }
@@ -44,7 +47,7 @@ public:
 
 private:
     static constexpr int most_panels = 6;                        // in a block
-    static constexpr int values_budget = 48 << 10;               // floats of packed values in the second cache
+    static constexpr int values_budget = 96 << 10;               // floats of packed values in the second cache
     static constexpr int sum_row = most_panels * panel + lanes;  // sums are read past the last pixel
 
     static int block_of(int pairs) { return std::clamp(values_budget / (panel * std::max(pairs, 1)), 1, most_panels); }
@@ -52,8 +55,9 @@ private:
     int most_pairs() const { return shape_.in_per_group() * shape_.taps(); }
     std::size_t place_floats() const { return floats_of<std::ptrdiff_t>(most_pairs()); }
     std::size_t weight_floats() const { return floats_of<int>(most_pairs()); }
-    // See pack_panel() for the last vector.
-    std::size_t value_floats() const { return std::size_t(most_panels) * panel * most_pairs() + lanes; }
+    // From one panel to the next: see pack_panel() for the last vector.
+    static std::ptrdiff_t panel_floats(int pairs) { return std::ptrdiff_t{pairs} * panel + lanes; }
+    std::size_t value_floats() const { return static_cast<std::size_t>(most_panels * panel_floats(most_pairs())); }
 
     void run_block(const ConvCall& call, Channels in, Channels out, Range pixels, float* scratch) const {
         auto* const place = reinterpret_cast<std::ptrdiff_t*>(scratch);
@@ -61,7 +65,7 @@ private:
         float* const values = scratch + place_floats() + weight_floats();
         float* const sums = values + value_floats();
         const int number = pixels.last - pixels.first;
-        const std::ptrdiff_t panel_step = std::ptrdiff_t{in.count} * shape_.taps() * panel;
+        const std::ptrdiff_t panel_step = panel_floats(in.count * shape_.taps());
         pack(call, in, pixels, place, weight, values, panel_step);
         const Product product{{place, weight, in.count * shape_.taps()}, values, 0, panel_step, 0, 1, number, sums,
                               sum_row, most_pairs()};
@@ -78,44 +82,77 @@ private:
                 weight[pair] = in.index[a] % shape_.in_per_group() * shape_.taps() + t;
             }
         }
-        // Panel after panel, as they lie in memory. Values past the last pixel are whatever was there: nobody reads
-        // the sums that they lead to.
-        for (int first = pixels.first; first < pixels.last; first += panel) {
-            const Range part{first, std::min(first + panel, pixels.last)};
-            float* to = values + (first - pixels.first) / panel * panel_step;
-            for (int a = 0; a < in.count; ++a) {
-                const float* const channel = call.in.channel(in.index[a]);
-                for (int t = 0; t < shape_.taps(); ++t, to += panel) {
-                    const int ky = t / shape_.kernel_width, kx = t % shape_.kernel_width;
-                    const float* const tap = channel +
-                                             (ky * shape_.dilation_height - shape_.pad_top) * call.in.row +
-                                             kx * shape_.dilation_width - shape_.pad_left;
-                    pack_panel(call, part, tap, to);
-                }
+        // Channel after channel, so that what lies together is read together. Values past the last pixel are whatever was
+        // there: nobody reads the sums that they lead to.
+        const bool flat = is_pixelwise() && gapless(call.in);
+        Start start[most_panels];
+        const int panels = list_starts(pixels, start);
+        float* to = values;
+        for (int a = 0; a < in.count; ++a) {
+            const float* const channel = call.in.channel(in.index[a]);
+            if (flat) {
+                copy_panels(channel, pixels, to, panel_step);
+                to += panel;
+                continue;
+            }
+            for (int t = 0; t < shape_.taps(); ++t, to += panel) {
+                const int ky = t / shape_.kernel_width, kx = t % shape_.kernel_width;
+                const float* const tap = channel + (ky * shape_.dilation_height - shape_.pad_top) * call.in.row +
+                                         kx * shape_.dilation_width - shape_.pad_left;
+                for (int p = 0; p < panels; ++p) pack_panel(call, start[p], tap, to + p * panel_step);
             }
         }
     }
 
-    // Writes up to a vector more than the panel's row, where what belongs there is written later.
-    void pack_panel(const ConvCall& call, Range pixels, const float* tap, float* to) const {
+    // Whether each output pixel reads its own input pixel and no other.
+    bool is_pixelwise() const {
+        return shape_.taps() == 1 && shape_.stride_height == 1 && shape_.stride_width == 1 && shape_.pad_top == 0 &&
+               shape_.pad_left == 0;
+    }
+
+    static void copy_panels(const float* channel, Range pixels, float* to, std::ptrdiff_t panel_step) {
+        for (int first = pixels.first; first < pixels.last; first += panel, to += panel_step) {
+            for (int v = 0; v < panel; v += lanes) store(to + v, load(channel + first + v));
+        }
+    }
+
+    // The first output pixel of a panel, and how many it has.
+    struct Start {
+        int y, x, pixels;
+    };
+
+    int list_starts(Range pixels, Start* start) const {
+        int panels = 0;
+        for (int first = pixels.first; first < pixels.last; first += panel) {
+            start[panels++] = {first / shape_.out_width, first % shape_.out_width, std::min(panel, pixels.last - first)};
+        }
+        return panels;
+    }
+
+    // Writes up to a vector more than the row of the panel, where what belongs there is written later, or nothing lies.
+    void pack_panel(const ConvCall& call, const Start& start, const float* tap, float* to) const {
         const std::ptrdiff_t row = call.in.row * shape_.stride_height;
-        each_stretch(pixels, shape_.out_width, [&](int y, int x, int number, int at) {
-            const float* const from = tap + y * row + x * shape_.stride_width;
+        int x = start.x;
+        tap += start.y * row;
+        for (int left = start.pixels, number; left > 0; left -= number, to += number, tap += row, x = 0) {
+            number = std::min(shape_.out_width - x, left);
+            const float* const from = tap + x * shape_.stride_width;
             if (shape_.stride_width == 1) {
-                for (int p = 0; p < number; p += lanes) store(to + at + p, load(from + p));
+                for (int p = 0; p < number; p += lanes) store(to + p, load(from + p));
             } else if (shape_.stride_width == 2) {
                 for (int p = 0; p < number; p += lanes) {
-                    store(to + at + p, evens(load(from + 2 * p), load(from + 2 * p + lanes)));
+                    store(to + p, evens(load(from + 2 * p), load(from + 2 * p + lanes)));
                 }
             } else {
-                for (int p = 0; p < number; ++p) to[at + p] = from[p * shape_.stride_width];
+                for (int p = 0; p < number; ++p) to[p] = from[p * shape_.stride_width];
             }
-        });
+        }
     }
 
     void write_channel(const ConvCall& call, int o, Range pixels, const float* sums) const {
         const Finish finish(call, o, bias_, shape_);
-        each_stretch(pixels, shape_.out_width, [&](int y, int x, int number, int at) {
+        const bool flat = gapless(call.out) && gapless(call.residual);
+        each_stretch(pixels, flat ? pixels.last : shape_.out_width, [&](int y, int x, int number, int at) {
             for (int v = 0; v < number; v += lanes) {
                 finish.write(load(sums + at + v), y * call.out.row + x + v, y * call.residual.row + x + v,
                              std::min(lanes, number - v));
