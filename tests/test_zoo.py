@@ -190,6 +190,8 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
         load_model(path)
     with pytest.raises(CheckpointError, match="no model nothing"):
         find_weights("nothing")
+    with pytest.raises(CheckpointError, match="give its name, resnet20-cifar10, instead of the path"):
+        find_weights("runs/resnet20-cifar10/nowhere.safetensors")
     with pytest.raises(CheckpointError, match="no model 'nothing'"):
         thrifty.zoo.load("nothing")
 

@@ -92,8 +92,11 @@ def find_weights(source: str | Path) -> Path:
     shipped = {known.name: known for known in records()}
     found = shipped.get(str(source))
     if found is None:
-        known_names = ", ".join(shipped)
-        raise CheckpointError(f"there is no model {source}: neither a file nor one of the zoo's: {known_names}.")
+        run = path.parent.name  # a recipe's place for what another recipe trains
+        hint = f" The zoo has what {run} trained: give its name, {run}, instead of the path." if run in shipped else ""
+        raise CheckpointError(
+            f"there is no model {source}: neither a file nor one of the zoo's: {', '.join(shipped)}.{hint}"
+        )
     if sha256(found.path) != found.sha256:
         raise CheckpointError(f"{found.path} is not the file that its record describes. Install thrifty anew.")
     return found.path
