@@ -72,7 +72,7 @@ struct StepTrace {
     double ms = 0, gate_ms = 0;
     std::int64_t macs = 0, gate_macs = 0;  // macs: without the gate's
     Marks decisions{};                     // of its gate, until the next operator runs
-    const char* kernel = nullptr;          // where it is not the usual one
+    const char* kernel = nullptr;          // where it depends on the call
 };
 
 // What a step needs of a context for itself, while it runs. A context has the largest of each over all steps.

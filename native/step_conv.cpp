@@ -23,8 +23,6 @@ public:
         return needs;
     }
 
-    const char* kernel() const override { return convolution_->kernel(); }
-
     void run(const Call& call) const override {
         Choice choice;
         choice.read = active_list(call);
@@ -82,7 +80,10 @@ private:
         auto conv = call_of<ConvCall>(call, choice);
         conv.active_out = choice.computed;
         conv.scale = op_.scaled ? scaled(call, choice) : choice.scale;
-        if (call.trace) call.trace->macs = convolution_->macs(conv);
+        if (call.trace) {
+            call.trace->macs = convolution_->macs(conv);
+            call.trace->kernel = convolution_->kernel(conv);
+        }
         const int tasks = conv.active_out.count ? convolution_->tasks(conv, call.team.threads()) : 0;
         share(call, choice, tasks, [&](int task, float* scratch) { convolution_->run(conv, task, tasks, scratch); });
     }

@@ -98,7 +98,7 @@ public:
 
     virtual Needs needs() const { return {}; }
 
-    // Name of the kernel, for traces.
+    // Name of the kernel, for traces, where it is the same in every call.
     virtual const char* kernel() const { return ""; }
 };
 

@@ -100,8 +100,15 @@ def plain_cases(draw: Any) -> Case:
 
 @st.composite
 def wide_cases(draw: Any) -> Case:
-    """1x1 filters with so many channels that their inputs are packed, all at once or block after block."""
+    """1x1 filters with so many channels that their inputs are packed, all at once or block after block; 3x3 filters on
+    small maps with so many that the form depends on how many are active."""
     shares = st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0])
+    if draw(st.integers(0, 2)) == 0:
+        size = draw(st.sampled_from([7, 8]))
+        return Case(
+            160, 160, 1, (3, 3), (1, 1), (1, 1), (1, 1, 1, 1), (size, size), draw(shares), draw(shares),
+            draw(st.booleans()), "relu", draw(st.integers(0, 999)),
+        )  # fmt: skip
     stride = draw(st.sampled_from([1, 1, 2, 3]))
     padding = draw(st.sampled_from([(0, 0, 0, 0), (0, 0, 0, 0), (1, 0, 0, 2)]))
     return Case(
@@ -182,6 +189,20 @@ def test_every_form_was_met() -> None:
         pytest.skip("runs after the test above, in the same process")
     assert set(seen) == {"direct", "direct, strided", "packed", "winograd 2x2", "depthwise", "dot"}
     assert min(seen.values()) >= 3, seen
+
+
+@pytest.mark.parametrize(
+    ("share", "kernel"), [(0.0, "packed"), (0.3, "packed"), (0.9, "winograd 2x2"), (1.0, "winograd 2x2")]
+)
+def test_the_form_follows_the_active_inputs(share: float, kernel: str) -> None:
+    case = Case(160, 160, 1, (3, 3), (1, 1), (1, 1), (1, 1, 1, 1), (7, 7), share, 0.5, False, "none", 0)
+    rng = np.random.default_rng(0)
+    program, x = program_of(case, rng), rng.normal(size=(1, 2, 7, 7)).astype(np.float32)
+    decisions = {"first": Decision(channels=some(rng, 160, share)), "second": Decision(channels=some(rng, 160, 0.5))}
+    trace = Engine(program).trace(x, decisions)
+    assert {layer.name: layer.kernel for layer in trace.layers}["second"] == kernel
+    wanted = run_reference(program, x, decisions).output
+    assert np.abs(trace.output - wanted).max() / np.abs(wanted).max() <= 1e-5
 
 
 @SETTINGS

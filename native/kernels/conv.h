@@ -54,8 +54,8 @@ public:
     // Multiply-accumulates that `run` does over all tasks, by the loops that it runs.
     virtual std::int64_t macs(const ConvCall& call) const = 0;
 
-    // Name of the kernel, for traces.
-    virtual const char* kernel() const = 0;
+    // Name of the kernel that does a call, for traces.
+    virtual const char* kernel(const ConvCall& call) const = 0;
 };
 
 // Weights [out_channels, in_per_group, kernel_height, kernel_width] and bias [out_channels] must outlive the result.

@@ -17,6 +17,7 @@ namespace thrifty::THRIFTY_ISA {
 #include "conv_packed.inl"
 #include "conv_dot.inl"
 #include "conv_winograd.inl"
+#include "conv_sparse.inl"
 #include "conv_depthwise.inl"
 #include "conv.inl"
 #include "conv_columns.inl"

@@ -19,7 +19,7 @@ public:
     }
 
     std::int64_t macs(const ConvCall& call) const override { return macs_of(shape_, call); }
-    const char* kernel() const override { return "depthwise"; }
+    const char* kernel(const ConvCall&) const override { return "depthwise"; }
 
     void run(const ConvCall& call, int task, int tasks, float* scratch) const override {
         const Range mine = share(call.active_out.count, task, tasks);

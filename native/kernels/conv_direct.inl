@@ -26,7 +26,7 @@ public:
 
     std::int64_t macs(const ConvCall& call) const override { return macs_of(shape_, call); }
 
-    const char* kernel() const override { return strided() ? "direct, strided" : "direct"; }
+    const char* kernel(const ConvCall&) const override { return strided() ? "direct, strided" : "direct"; }
 
     void run(const ConvCall& call, int task, int tasks, float* scratch) const override {
         Grid grid(*this, call);

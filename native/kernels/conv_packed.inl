@@ -25,7 +25,7 @@ public:
         return Cut::tasks(panels, worth, threads, 1);
     }
     std::int64_t macs(const ConvCall& call) const override { return macs_of(shape_, call); }
-    const char* kernel() const override { return "packed"; }
+    const char* kernel(const ConvCall&) const override { return "packed"; }
 
     void run(const ConvCall& call, int task, int tasks, float* scratch) const override {
         const int pixels = shape_.out_height * shape_.out_width, panels = panels_of(pixels);

@@ -37,7 +37,7 @@ public:
 
     std::int64_t macs(const ConvCall& call) const override { return macs_of(shape_, call); }
 
-    const char* kernel() const override { return "winograd 2x2"; }
+    const char* kernel(const ConvCall&) const override { return "winograd 2x2"; }
 
     void run(const ConvCall& call, int task, int tasks, float* scratch) const override {
         const int tiles = across_ * down_, panels = panels_of(tiles);
