@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from thrifty.decision import Decision
@@ -165,8 +165,16 @@ def program_of(case: Case, rng: np.random.Generator) -> Program:
     return Program(tuple(buffers), tuple(operators), len(buffers) - 1, False, tensors)
 
 
+def one_column(stride: tuple[int, int], size: tuple[int, int]) -> Case:
+    """A 1x1 filter whose stride is taken along one axis only, if along any."""
+    return Case(16, 32, 1, (1, 1), stride, (1, 1), (0, 0, 0, 0), size, 1.0, 1.0, False, "none", 0)
+
+
 @SETTINGS
 @given(case=cases())
+@example(case=one_column((1, 2), (16, 2)))
+@example(case=one_column((1, 3), (40, 3)))
+@example(case=one_column((2, 1), (2, 16)))
 def test_convolution_over_chosen_channels(case: Case) -> None:
     rng = np.random.default_rng(case.seed)
     program = program_of(case, rng)

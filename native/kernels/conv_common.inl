@@ -79,6 +79,12 @@ inline void split_row(const ConvShape& s, const float* from, float* to, std::ptr
     }
 }
 
+// Whether the output has a row of as many pixels for each of the input's first rows, and each reads its own alone.
+inline bool is_pixelwise(const ConvShape& s) {
+    return s.taps() == 1 && s.stride_height == 1 && s.stride_width == 1 && s.pad_top == 0 && s.pad_left == 0 &&
+           s.in_width == s.out_width;  // one column may be left of several: a stride that is never taken counts as 1
+}
+
 // Calls visit(active inputs, active outputs) for each group that has outputs to compute.
 template <class Visit>
 void each_group(const ConvShape& shape, const ConvCall& call, Visit visit) {

@@ -50,8 +50,7 @@ private:
 
         Grid(const DirectConvolution& conv, const ConvCall& call) {
             const ConvShape& s = conv.shape_;
-            const bool flat = s.taps() == 1 && !conv.strided() && s.pad_top == 0 && s.pad_left == 0 &&
-                              gapless(call.in) && gapless(call.out) && gapless(call.residual);
+            const bool flat = is_pixelwise(s) && gapless(call.in) && gapless(call.out) && gapless(call.residual);
             rows = flat ? 1 : s.out_height;
             width = flat ? s.out_height * s.out_width : s.out_width;
             per_row = (width + lanes - 1) / lanes;

@@ -84,7 +84,7 @@ private:
         }
         // Channel after channel, so that what lies together is read together. Values past the last pixel are whatever was
         // there: nobody reads the sums that they lead to.
-        const bool flat = is_pixelwise() && gapless(call.in);
+        const bool flat = is_pixelwise(shape_) && gapless(call.in);
         Start start[most_panels];
         const int panels = list_starts(pixels, start);
         float* to = values;
@@ -102,12 +102,6 @@ private:
                 for (int p = 0; p < panels; ++p) pack_panel(call, start[p], tap, to + p * panel_step);
             }
         }
-    }
-
-    // Whether each output pixel reads its own input pixel and no other.
-    bool is_pixelwise() const {
-        return shape_.taps() == 1 && shape_.stride_height == 1 && shape_.stride_width == 1 && shape_.pad_top == 0 &&
-               shape_.pad_left == 0;
     }
 
     static void copy_panels(const float* channel, Range pixels, float* to, std::ptrdiff_t panel_step) {
