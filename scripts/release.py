@@ -29,14 +29,13 @@ from thrifty.train.build import load_data
 from thrifty.train.recipe import Recipe
 from thrifty.zoo.compilation import compile_record
 from thrifty.zoo.nets import build
-from thrifty.zoo.records import WEIGHTS, Record
+from thrifty.zoo.records import WEIGHTS, Record, records
 from thrifty.zoo.store import load_model
 
-DESCRIPTIONS = {
-    "folder": "CIFAR-10 with the standard split, as JPEG of quality 75 with subsampled chroma: figures lie a little "
-    "under those on the original bytes, and compare only with models of the same files.",
-    "cifar10": "CIFAR-10, original bytes.",
-}
+DESCRIPTION = (
+    "CIFAR-10 with the standard split, as JPEG of quality 75 with subsampled chroma: figures lie a little under "
+    "those on the original bytes, and compare only with models of the same files."
+)
 
 BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 """Shares of the dense MACs at which a record tells what a model reaches that can be set to them."""
@@ -57,27 +56,29 @@ def main() -> None:
     _, position, rows = checkpoint.peek(arguments.run / "checkpoint.safetensors")
     if position.epoch < recipe["epochs"]:
         raise ThriftyError(f"{arguments.run} has {position.epoch} of {recipe['epochs']} epochs: finish it first.")
+    if recipe["data"]["source"] != "folder" or not recipe["data"]["validation"]:
+        raise ThriftyError(f"{arguments.run} was trained on other files than the zoo's, or held none out.")
+    lineage, epochs = _lineage(recipe)
     source = arguments.run / "model.safetensors"
     model, card = load_model(source)
     loader = photographs(card, "folder", arguments.root)
     result = evaluate(model, loader)
-    lineage = _lineage(recipe)
     x = torch.zeros(1, 3, card.size, card.size)
     record = Record(
         name=name,
         net=card.net,
         method=card.method,
         recipe=recipe["name"],
-        lineage=tuple(name for name, _ in lineage),
+        lineage=lineage,
         data={
-            "description": DESCRIPTIONS[recipe["data"]["source"]],
+            "description": DESCRIPTION,
             "source": recipe["data"]["source"],
             "validation_share": recipe["data"]["validation"],
             "test": len(result.labels),
         },
         seed=recipe["seed"],
         epochs=recipe["epochs"],
-        total_epochs=recipe["epochs"] + sum(epochs for _, epochs in lineage),
+        total_epochs=epochs + recipe["epochs"],
         accuracy=result.accuracy,
         validation_accuracy=rows[-1]["validation_accuracy"],
         macs=result.macs.mean,
@@ -94,13 +95,17 @@ def main() -> None:
     print(f"{name}: {record.accuracy:.4f} on {record.data['test']} photographs, {result.macs}")
 
 
-def _lineage(recipe: dict[str, Any]) -> list[tuple[str, int]]:
-    """Names and epochs of the runs that the recipe's weights come from, oldest first."""
+def _lineage(recipe: dict[str, Any]) -> tuple[tuple[str, ...], int]:
+    """Names of the runs that the recipe's weights come from, oldest first, and the sum of their epochs."""
     weights = recipe["model"].get("weights")
     if weights is None:
-        return []
+        return (), 0
+    shipped = {record.name: record for record in records()}
+    if weights in shipped:
+        return (*shipped[weights].lineage, weights), shipped[weights].total_epochs
     parent = yaml.safe_load((Path(weights).parent / "recipe.yaml").read_text(encoding="utf-8"))
-    return [*_lineage(parent), (parent["name"], parent["epochs"])]
+    names, epochs = _lineage(parent)
+    return (*names, parent["name"]), epochs + parent["epochs"]
 
 
 def _curve(model: Any, recipe: dict[str, Any], root: Path) -> tuple[dict[str, float], ...]:

@@ -13,10 +13,11 @@ from torch import nn
 
 import thrifty
 from thrifty.benchmarking import bench, timing
-from thrifty.benchmarking.bench import Row, as_records, normalised_error, run_bench
+from thrifty.benchmarking import diagnosis as diagnosis_module
+from thrifty.benchmarking.bench import Row, as_records, layer_rows, normalised_error, run_bench
 from thrifty.benchmarking.diagnosis import Diagnosis, LayerCost, diagnose
 from thrifty.benchmarking.peers import OnnxRuntime, OpenVino, Ours, Runner, Torch
-from thrifty.benchmarking.subjects import Subject, find_subject, random_images, randomise_gates, without_gates
+from thrifty.benchmarking.subjects import IMAGES, Subject, find_subject, random_images, randomise_gates, without_gates
 from thrifty.benchmarking.timing import Timing, interleave
 from thrifty.decision import Decision
 from thrifty.engine import Engine
@@ -365,6 +366,39 @@ def test_the_largest_loss_is_named(layers: tuple[LayerCost, ...], place: int, wo
     assert words in found.verdict()
     assert layers[1].name in found.findings()[place]
     assert "Nothing to do" not in found.findings()[place]
+
+
+def test_a_layer_gate_is_judged_by_its_block() -> None:
+    gate = LayerCost("block", "layer_gate", True, 0.0, 0.1, 0.0, 0.0, 1e3)
+    inside = [LayerCost(name, "conv", False, 2.0, 0.5, 100e6, 25e6, 0.0, "block") for name in ("c1", "c2")]
+    found = diagnosis(gate, *inside)
+    assert found.futile == ()
+    assert found.outside == 0
+    slower = [replace(layer, ms=2.1) for layer in inside]
+    found = diagnosis(gate, *slower)
+    assert found.futile == (gate,)
+    assert found.lost()["gates"] == pytest.approx(0.3)
+
+
+def test_the_diagnosis_of_layers_that_run_for_some_images() -> None:
+    subject = find_subject("resnet20", None, "lcnet", settings={"target": 0.5})
+    found = diagnose(subject, seconds=0.02)
+    assert max(layer.rate for layer in found.layers) < 4 * found.peak
+    assert all(layer.kind == "layer_gate" or layer.gated or not layer.block for layer in found.futile)
+    by_name = {layer.name: layer for layer in found.layers}
+    assert by_name["layer1.0.conv2"].block
+    assert not by_name["layer1.0.conv2"].outside
+    assert by_name["conv1"].outside
+    images = random_images(IMAGES, subject.shape)
+    assert subject.dynamic is not None
+    rows = layer_rows(subject, Ours(Engine(subject.dynamic)), 1, 1, [images[i : i + 1] for i in range(len(images))])
+    measured = sum(row.macs + row.gate_macs for row in rows)
+    assert measured == pytest.approx(Engine(subject.dynamic).trace(images).macs.mean())
+
+
+def test_a_deep_network_of_equal_layers_has_a_peak(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnosis_module, "LARGE", 2.0)
+    assert diagnose(subject, 0.25, seconds=0.02).peak > 0
 
 
 def test_diagnosis_measures_every_operator(subject: Subject) -> None:

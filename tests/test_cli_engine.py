@@ -100,7 +100,12 @@ def test_bench_on_photographs_measures_what_trained_gates_decide() -> None:
         (("compile", "resnet20", "-o", "m.thrifty", "--method", "lcnet", "--density", "0.4"), "lcnet has none"),
         (("compile", "resnet20", "-o", "m.thrifty", "--method", "fbs", "--density", "0"), "density is 0"),
         (("compile", PROGRAM, "-o", "m.onnx"), "A program is for thrifty.load"),
+        (("compile", "resnet20", "-o", "m.thrifty", "--method", "none", "--density", "0.5"), "is a dense network"),
+        (("bench", "resnet20", "--method", "none", "--density", "0.5"), "measured dense only"),
+        (("bench", DYNAMIC, "--method", "none"), "leave --method"),
+        (("bench", PROGRAM, "--peers", "torch"), "torch can't run"),
         (("doctor", "resnet20", "--method", "none"), "has no gates"),
+        (("doctor", "--density", "0.5"), "give a MODEL"),
     ],
 )
 def test_errors_are_one_line(

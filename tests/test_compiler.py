@@ -13,7 +13,7 @@ from small_nets import NETS
 from torch import Tensor, nn
 
 import thrifty
-from thrifty.errors import LoweringError, ThriftyError
+from thrifty.errors import ConversionError, LoweringError, ThriftyError
 from thrifty.program import Preprocessing
 
 
@@ -90,6 +90,40 @@ def test_an_engine_that_differs_from_its_model_is_refused() -> None:
 def test_what_is_frozen_of_the_example_is_refused(function: Callable[[Tensor], Tensor], count: int) -> None:
     with pytest.raises(LoweringError, match="what left torch"):
         thrifty.compile(Written(function), torch.randn(count, 3, 16, 16))
+
+
+def test_a_model_may_write_to_its_input() -> None:
+    def centred(x: Tensor) -> Tensor:
+        x -= 0.25
+        return x.relu()
+
+    x = torch.rand(2, 3, 4, 4)
+    before = x.clone()
+    engine = thrifty.compile(Written(centred), x)
+    assert torch.equal(x, before)
+    assert torch.equal(engine(x), (x - 0.25).relu())
+
+
+def test_what_a_models_own_code_raises_is_told_as_it_is() -> None:
+    def fails(x: Tensor) -> Tensor:
+        return x * {"a": 1.0}["b"]
+
+    with pytest.raises(LoweringError, match=r"does not take an example of shape .*'b'"):
+        thrifty.compile(Written(fails), torch.rand(1, 3, 4, 4))
+    with pytest.raises(ConversionError, match=r"does not take an example of shape .*'b'"):
+        thrifty.convert(Written(fails), thrifty.FBS(), torch.rand(1, 3, 4, 4))
+
+
+def test_preprocessing_is_of_its_own_type() -> None:
+    with pytest.raises(LoweringError, match=r"must be a thrifty.Preprocessing\(mean, std\)"):
+        thrifty.compile(Written(torch.relu), torch.rand(1, 3, 4, 4), preprocessing=((0.5,) * 3, (0.2,) * 3))  # type: ignore[arg-type]
+
+
+def test_compiling_in_inference_mode() -> None:
+    with torch.inference_mode():
+        x = torch.randn(2, 3, 16, 16)
+        engine = thrifty.compile(NETS["Residual"]().eval(), x)
+    assert engine(x).shape == (2, 5)
 
 
 def test_an_answer_of_another_shape_is_refused() -> None:

@@ -177,6 +177,19 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, mode):
         assert torch.equal(found[..., 0], found[..., 2])
 
 
+def test_sixteen_bits_of_grey_become_eight(tmp_path):
+    values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert np.array_equal(read_images([tmp_path / "a.png"], 8)[0, ..., 1].numpy(), values >> 8)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_values_of_unknown_range_are_refused(tmp_path, dtype):
+    Image.fromarray(np.ones((8, 8), dtype)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match="save it with 8 or 16 bits"):
+        read_images([tmp_path / "a.tif"], 8)
+
+
 def test_photographs_are_turned_upright(tmp_path):
     pixels = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
     exif = Image.Exif()

@@ -171,3 +171,13 @@ def test_labels_that_no_class_has(label: int) -> None:
     assert not model._forward_hooks
     with pytest.raises(DataError, match="no photographs"):
         evaluate(model, [])
+
+
+def test_an_empty_batch_counts_for_nothing() -> None:
+    dynamic, _, x = small()
+    open_at_random(dynamic)
+    y = torch.zeros(len(x), dtype=torch.int64)
+    found = evaluate(dynamic, [(x[:5], y[:5]), (x[:0], y[:0]), (x[5:], y[5:])])
+    whole = evaluate(dynamic, [(x, y)])
+    assert torch.equal(found.macs.total, whole.macs.total)
+    assert torch.allclose(found.probabilities, whole.probabilities, atol=1e-6)

@@ -151,6 +151,19 @@ def test_scales_are_fixed_signs_unless_some_gamma_is_tiny(gammas: list[float], l
     assert restored.conv.norm.weight.requires_grad is learned
 
 
+def test_what_the_user_froze_stays_frozen() -> None:
+    model = NETS["Residual"]()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight[0] = 1e-6  # a scale that would be learned
+    model.requires_grad_(False)
+    dynamic = convert(model, FBS(density=0.5, max_overhead=10.0), torch.randn(1, 3, SIZE, SIZE))
+    dynamic.load_state_dict(dynamic.state_dict())
+    inside = {parameter for gate in dynamic.gates().values() for parameter in gate.parameters()}
+    assert not [name for name, value in dynamic.named_parameters() if value.requires_grad and value not in inside]
+
+
 def test_gradients_flow_through_the_winners_values_only() -> None:
     dynamic, _, x = one_layer("preserve", 0.4, nn.BatchNorm2d(10))
     gated: Any = dynamic.conv

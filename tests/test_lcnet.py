@@ -375,6 +375,77 @@ def test_a_budget_never_lowers_the_threshold_that_gates_learned_with() -> None:
     assert torch.equal(count_macs(dynamic, x).total, before)
 
 
+def test_training_goes_on_at_the_threshold_that_gates_learn_with() -> None:
+    dynamic, _, _ = small(threshold=0.1)
+    dynamic.method.set_threshold(dynamic, 0.4)  # type: ignore[attr-defined]
+    dynamic.eval()
+    dynamic.method.advance(dynamic, 0.5)
+    assert all(float(gate.threshold) == pytest.approx(0.4) for gate in budgeted(dynamic).values())
+    dynamic.train()
+    dynamic.method.advance(dynamic, 0.5)
+    assert all(float(gate.threshold) == pytest.approx(0.1) for gate in budgeted(dynamic).values())
+
+
+class Chunked(nn.Module):
+    """A block whose first convolution reads another map than the block does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.fc = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.Linear(16, 5)
+        self.c1, self.c2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        a, b = self.norm(x).chunk(2, 1)
+        x = x + self.c2(torch.cat([self.c1(a).relu(), b], 1))
+        return self.fc(x.mean((2, 3)))
+
+
+class ChannelsLast(nn.Module):
+    """A block whose trunk has its channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.fc = nn.Conv2d(3, SIZE, 3, padding=1), nn.LayerNorm(SIZE), nn.Linear(SIZE, 5)
+        self.conv = nn.Conv2d(SIZE, SIZE, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).permute(0, 2, 3, 1)
+        x = x + self.conv(self.norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.fc(x.mean((1, 2)))
+
+
+class Folded(nn.Module):
+    """A network that sees two halves of every image as images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = CifarResNet(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(torch.cat(x.chunk(2, 3))).unflatten(0, (2, x.shape[0])).mean(0)
+
+
+def test_a_gate_is_made_for_the_map_that_its_block_reads() -> None:
+    x = torch.randn(2, 3, SIZE, SIZE)
+    dynamic = convert(Chunked(), LCNet(max_overhead=9.0), x)
+    (gate,) = [gate for gate in dynamic.gates().values() if isinstance(gate, LayerGate)]
+    assert gate.predictor.in_features == 16
+    (cost,) = {place.gate_macs for place in dynamic.conversion.places if place.name == "c1"}
+    assert cost >= gate.overhead(torch.Size((1, 16, SIZE, SIZE)))
+    assert count_macs(dynamic, x).mean > 0
+
+
+@pytest.mark.parametrize("model", [ChannelsLast(), Folded()])
+def test_blocks_that_read_no_map_of_an_input_are_refused(model: nn.Module) -> None:
+    x = torch.randn(2, 3, SIZE, SIZE)
+    dynamic = convert(model, LCNet(max_overhead=9.0), x)
+    assert not [gate for gate in dynamic.gates().values() if isinstance(gate, LayerGate)]
+    assert torch.allclose(dynamic.eval()(x), model.eval()(x), atol=1e-5)
+    if isinstance(model, Folded):
+        assert not dynamic.gates()
+
+
 def test_open_shares() -> None:
     dynamic, _, x = small()
     open_at_random(dynamic)

@@ -360,3 +360,32 @@ class FilterOfEachInput(nn.Module):
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_filters_of_each_inputs_own_cost_each_input_its_own(count: int) -> None:
     assert count_macs(FilterOfEachInput(), torch.randn(count, 4, 9, 8)).total.tolist() == [5 * 4 * 9 * 7 * 6] * count
+
+
+@pytest.mark.parametrize("density", [None, 0.5])
+def test_costs_are_the_same_in_inference_mode(density: float | None) -> None:
+    x = torch.randn(3, 3, 32, 32)
+    model: nn.Module = build("resnet8")
+    if density is not None:
+        model = convert(model, FBS(density=density), x)
+    expected = count_macs(model, x)
+    with torch.inference_mode():
+        assert torch.equal(count_macs(model, torch.randn(3, 3, 32, 32)).total, expected.total)
+
+
+def test_a_model_that_writes_to_its_input_leaves_the_callers_alone() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x -= 0.5
+            return self.conv(x).mean((2, 3))
+
+    x = torch.ones(2, 3, 8, 8)
+    count_macs(Centred(), x)
+    convert(Centred(), FBS(density=0.5, max_overhead=10.0), x)
+    assert torch.equal(x, torch.ones_like(x))
+    with torch.inference_mode():
+        count_macs(Centred(), torch.ones(2, 3, 8, 8))

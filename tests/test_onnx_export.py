@@ -291,3 +291,10 @@ def test_other_methods_answer_as_in_torch(method: MethodConfig) -> None:
     assert count_macs(model, x).mean < 0.9 * model.conversion.total_macs
     given = answer(lower(model, x), x.numpy())
     assert np.abs(given - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_an_operator_may_be_called_output() -> None:
+    operator = ("activation", (0,), {"activation": "relu"}, {})
+    made = program([(3, 4, 4), (3, 4, 4)], operator)
+    made = replace(made, operators=(replace(made.operators[0], name="output"),))
+    check(made)

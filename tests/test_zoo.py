@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -173,7 +174,13 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\xff" * 1000)
     with pytest.raises(CheckpointError):
         load_model(path)
-    wrong = {"net": ["a"], "arguments": {"classes": -5}, "method": {"name": ["fbs"]}, "size": "x", "mean": (0.5,)}
+    wrong = {
+        "net": ["a"],
+        "arguments": {"classes": -5},
+        "method": {"name": ["fbs"]},
+        "size": "x",
+        "mean": (float("nan"),) * 3,
+    }
     for field, value in wrong.items():
         save_model(path, model, ModelCard(**{**CARD.__dict__, field: value}))
         with pytest.raises(ThriftyError):
@@ -188,6 +195,11 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     save_model(path, model, CARD)
     with pytest.raises(CheckpointError, match="NaN"):
         load_model(path)
+    for number, card in enumerate(("5", '"a"', "[" * 100_000)):
+        foreign = tmp_path / f"card{number}.safetensors"
+        safetensors.torch.save_file({"a": torch.zeros(1)}, foreign, {"thrifty-model": card})
+        with pytest.raises(CheckpointError, match="is not a model file or is damaged"):
+            read_card(foreign)
     with pytest.raises(CheckpointError, match="no model nothing"):
         find_weights("nothing")
     with pytest.raises(CheckpointError, match="give its name, resnet20-cifar10, instead of the path"):

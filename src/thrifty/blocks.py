@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from thrifty.gates import LayerEntry, LayerExit, LayerGate, Link, Wrapper
-from thrifty.graph import ConvSite, Structure, function_name, mixes, reads_shape, replace_module, sums_maps, trace
+from thrifty.graph import Sites, Structure, function_name, mixes, reads_shape, replace_module, sums_maps, trace
 
 PASSED_MODULES = ("Identity", "Dropout", "Dropout2d", "DropPath", "StochasticDepth")
 PASSED_FUNCTIONS = {"dropout", "dropout2d", "stochastic_depth", "drop_path", "permute", "transpose", "contiguous"}
@@ -51,17 +51,18 @@ def residual_blocks(model: nn.Module) -> tuple[Block, ...]:
     return _Finder(trace(model)).blocks()
 
 
-def block_input(model: nn.Module, block: Block, sites: tuple[ConvSite, ...]) -> tuple[torch.Size | None, int]:
+def block_input(model: nn.Module, block: Block, sites: Sites) -> tuple[torch.Size | None, int]:
     """Shape [C, H, W] of the map that a block reads, None where that is not known, and MACs of its convolutions."""
     members = [site for site in sites if site.name in block.members]
     macs = sum(site.macs for site in members)
     entry = model.get_submodule(block.entry)
     while isinstance(entry, Wrapper):
         entry = getattr(entry, entry.INNER)
-    keeps = "Norm" in type(entry).__name__ or isinstance(entry, (_ConvNd, nn.ReLU, nn.SiLU, nn.GELU))
-    if not members or not keeps or not members[0].input_shape:
+    # A plain LayerNorm's channels come last: LayerNorm2d, of torchvision and timm, is for maps.
+    known = "Norm" in type(entry).__name__ or isinstance(entry, (_ConvNd, nn.ReLU, nn.SiLU, nn.GELU))
+    if not members or not known or type(entry) is nn.LayerNorm:
         return None, macs
-    return members[0].input_shape, macs
+    return sites.map_of(block.entry), macs
 
 
 def gate_block(model: nn.Module, block: Block, gate: LayerGate) -> None:

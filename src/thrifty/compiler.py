@@ -61,11 +61,12 @@ def _others(example: Tensor) -> Tensor:
 
 
 def _check(engine: Engine, model: nn.Module, example: Tensor) -> None:
-    decided = decisions(model, example) if isinstance(model, Dynamic) else {}
+    # Copies, for the model may write to what it is given.
+    decided = decisions(model, example.clone()) if isinstance(model, Dynamic) else {}
     with evaluating(model):
         try:
-            answer = model(example).detach()
-        except RuntimeError as reason:
+            answer = model(example.clone()).detach()
+        except Exception as reason:  # whatever the model's own code raises
             raise LoweringError(f"the model takes no batch of {len(example)} images: {reason}") from reason
     expected = answer.double().cpu().numpy()
     if not np.isfinite(expected).all():

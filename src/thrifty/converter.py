@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from thrifty.conversion import Conversion, Place
 from thrifty.dynamic import Dynamic, make_dynamic, taken_names
-from thrifty.errors import ConversionError
+from thrifty.errors import ConversionError, ThriftyError
 from thrifty.gates import LayerGate
 from thrifty.graph import conv_sites
 from thrifty.macs import count_macs
@@ -61,13 +61,15 @@ def convert(model: nn.Module, method: MethodConfig, example: Tensor, *, inplace:
             raise ConversionError(f"{name} of the model has NaN or infinite values. Repair the weights first.")
     try:
         dense = count_macs(model, example[:1])
-    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+    except ThriftyError:
+        raise
+    except Exception as error:  # whatever the model's own code raises
         raise ConversionError(f"the model does not take an example of shape {tuple(example.shape)}: {error}") from error
-    sites = conv_sites(model, example[:1])
+    sites = conv_sites(model, example[:1].clone())  # it may write to what it is given
     if not inplace:
         model = copy.deepcopy(model)
         modules = dict(model.named_modules())
-        sites = tuple(site.of(modules) for site in sites)
+        sites = sites.of(modules)
     places = method.place(model, sites)
     if method.where is not None and not callable(method.where) and not any(place.gated for place in places):
         raise ConversionError(
@@ -79,7 +81,7 @@ def convert(model: nn.Module, method: MethodConfig, example: Tensor, *, inplace:
     conversion = Conversion(method.name, places, int(dense.total[0]), macs, tuple(example.shape[1:]))
     log.info(conversion.summary())
     dynamic = make_dynamic(model, method, conversion)
-    method.measure(dynamic, example[:1])
+    method.measure(dynamic, example[:1].clone())
     return dynamic
 
 

@@ -84,7 +84,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # which hides operations from what counts or records them
             yield
     finally:
         for module, training in modes:

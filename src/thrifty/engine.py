@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -138,9 +138,17 @@ class Engine:
         """
         images, channels_last = self._images(x)
         out = np.empty((len(images), *self._program.buffers[self._program.output]), np.float32)
-        self._native.run(images, out, None, channels_last)
+        self._run(self._native.run, images, out, None, channels_last)
         out = self._shaped(out)
         return sys.modules["torch"].from_numpy(out) if _is_tensor(x) else out
+
+    def _run(self, run: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return run(*arguments)
+        except MemoryError as error:
+            raise ThriftyError("there is not enough memory for the call. Give fewer images at a time.") from error
+        except RuntimeError as error:  # the system gives no thread
+            raise ThriftyError(f"a call on {self.threads} threads failed: {error}. Give the engine fewer.") from error
 
     def trace(self, x: Any, decisions: Mapping[str, Decision] | None = None) -> Trace:
         """Run a batch and tell what was decided, what was executed and how long it took.
@@ -156,7 +164,7 @@ class Engine:
         images, channels_last = self._images(x)
         forced = self._forced(decisions or {}, len(images))
         out = np.empty((len(images), *self._program.buffers[self._program.output]), np.float32)
-        found = self._native.trace(images, out, forced, channels_last)
+        found = self._run(self._native.trace, images, out, forced, channels_last)
         layers = tuple(
             LayerTrace(operator.name, operator.kind, *values)
             for operator, *values in zip(

@@ -152,6 +152,8 @@ def evaluate(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> Evalu
 
     def counted() -> Iterator[Tensor]:  # batch by batch, for a large set doesn't fit in memory
         for x, y in loader:
+            if not len(x):
+                continue
             decided.clear()
             yield x.to(device)
             logits = outputs[0]

@@ -88,6 +88,30 @@ class ConvSite:
         return replace(self, conv=modules.get(self.name))
 
 
+class Sites(tuple[ConvSite, ...]):
+    """Every convolution of a model in the order of execution, then those that evaluation does not reach.
+
+    Attributes:
+        inputs: [N, …] of what each module reads first, by name, for an example of one input.
+    """
+
+    inputs: Mapping[str, torch.Size]
+
+    def __new__(cls, sites: Iterable[ConvSite], inputs: Mapping[str, torch.Size]) -> Sites:
+        made = super().__new__(cls, sites)
+        made.inputs = inputs
+        return made
+
+    def of(self, modules: Mapping[str, nn.Module]) -> Sites:
+        """The same in a copy of the model."""
+        return Sites((site.of(modules) for site in self), self.inputs)
+
+    def map_of(self, name: str) -> torch.Size | None:
+        """[C, H, W] of the map that a module reads for each of the model's inputs; None if it reads anything else."""
+        shape = self.inputs.get(name, torch.Size())
+        return torch.Size(shape[1:]) if len(shape) == 4 and shape[0] == 1 else None
+
+
 class _Tracer(fx.Tracer):
     """Keeps convolutions and normalisations whole, whatever library's subclass they are.
 
@@ -176,16 +200,16 @@ def _traced(model: nn.Module) -> tuple[_Tracer, fx.Graph]:
     return tracer, tracer.trace(model, concrete_args=options)
 
 
-def conv_sites(model: nn.Module, example: Tensor) -> tuple[ConvSite, ...]:
-    """Every convolution of `model` in the order of execution, then those that evaluation does not reach.
+def conv_sites(model: nn.Module, example: Tensor) -> Sites:
+    """Every convolution of `model`, and what its modules read.
 
     Args:
         model: a dense model.
-        example: a batch of inputs [N, C, H, W] that the model takes.
+        example: one input [1, C, H, W] that the model takes.
     """
     net = trace(model)
     calls = Counter(node.target for node in net.graph.nodes if node.op == "call_module")
-    measured = _measure(model, example)
+    measured, inputs = _measure(model, example)
     sites: dict[str, ConvSite] = {}
     for node in net.graph.nodes:
         if node.op == "call_function" and node.target in CONV_FUNCTIONS:
@@ -224,7 +248,7 @@ def conv_sites(model: nn.Module, example: Tensor) -> tuple[ConvSite, ...]:
             reason = f"torch.fx cannot trace {type(holder).__name__}, which holds it" if holder else UNREACHED
             macs = measured.get(name, _Measured()).macs
             sites[name] = ConvSite(name, module, blocked=reason, unpruned=reason, macs=macs)
-    return tuple(sites.values())
+    return Sites(sites.values(), inputs)
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -426,9 +450,18 @@ class _Measured:
     positions: int = 0
 
 
-def _measure(model: nn.Module, example: Tensor) -> dict[str, _Measured]:
-    """What is known of each convolution that the example reaches."""
+def _measure(model: nn.Module, example: Tensor) -> tuple[dict[str, _Measured], dict[str, torch.Size]]:
+    """What is known of each convolution that the example reaches, and the shape of what each module reads first."""
     found: dict[str, _Measured] = {}
+    shapes: dict[str, torch.Size] = {}
+
+    def read(name: str) -> Any:
+        def hook(_module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            first = next(iter((*arguments, *named.values())), None)
+            if isinstance(first, Tensor):
+                shapes[name] = first.shape
+
+        return hook
 
     def note(name: str) -> Any:
         def hook(conv: Any, arguments: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
@@ -444,9 +477,13 @@ def _measure(model: nn.Module, example: Tensor) -> dict[str, _Measured]:
 
     convs = [(name, module) for name, module in model.named_modules() if isinstance(module, _ConvNd)]
     handles = [module.register_forward_hook(note(name), with_kwargs=True) for name, module in convs]
+    handles += [
+        module.register_forward_pre_hook(read(name), with_kwargs=True, prepend=True)
+        for name, module in model.named_modules()
+    ]
     with hooked(handles), evaluating(model):
         model(example)
-    return found
+    return found, shapes
 
 
 @contextmanager

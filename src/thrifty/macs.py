@@ -98,6 +98,8 @@ def _joined(counts: list[MacCount], part: str) -> dict[str, Tensor]:
 
 def _count_batch(model: nn.Module, x: Tensor) -> MacCount:
     counter = _Counter(len(x))
+    with torch.inference_mode(False):
+        x = x.detach().clone()  # the model may write to what it is given
     handles = []
     names = layer_names(model)
     for path, module in model.named_modules():

@@ -51,8 +51,8 @@ def to_onnx(program: Program, batch: int | None = None) -> ModelProto:
         graph.skip(operator)
     shape = program.buffers[program.output]
     rank = 2 if program.flat and shape[1:] == (1, 1) else 4
-    graph.node("Identity", [graph.value(program.output, rank)], "output")
     helper = onnx.helper
+    graph.nodes.append(helper.make_node("Identity", [graph.value(program.output, rank)], ["output"]))
     images = "batch" if batch is None else batch
     made = helper.make_graph(
         graph.nodes,
@@ -95,7 +95,7 @@ class _Graph:
 
     def node(self, kind: str, inputs: list[str], name: str, outputs: int = 1, **attributes: Any) -> str:
         """Add a node; returns the name of its (last) output."""
-        names = [name if name == "output" else self.unique(name) for _ in range(outputs)]
+        names = [self.unique(name) for _ in range(outputs)]
         self.nodes.append(self.onnx.helper.make_node(kind, inputs, names, name=names[-1], **attributes))
         return names[-1]
 

@@ -74,7 +74,7 @@ class Row:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One operator of ours: median milliseconds of a batch, its gate included, and mean MACs of an image."""
+    """One operator of ours: mean milliseconds of a batch, its gate included, and mean MACs of an image."""
 
     model: str
     batch: int
@@ -152,7 +152,7 @@ def run_bench(
             found += _compared(rows)
             if layers:
                 for runner in ours:
-                    by_layer += layer_rows(subject, runner, count, batch, inputs)
+                    by_layer += layer_rows(subject, runner, count, batch, inputs[:IMAGES])
             del runners  # sessions of peers hold weights of their own
     return Report(tuple(_scaled(found)), tuple(by_layer))
 
@@ -175,9 +175,16 @@ def normalised_error(given: NDArray[Any], expected: NDArray[Any]) -> float:
 def layer_rows(
     subject: Subject, runner: Ours, threads: int, batch: int, inputs: Sequence[NDArray[np.float32]], repeats: int = 20
 ) -> list[LayerRow]:
-    """Time of each operator, median over `repeats` traces."""
+    """Time of each operator: the median of each batch's traces, `repeats` in all or more, and the mean over batches."""
     runner.begin()
-    traces = [runner.engine.trace(inputs[i % len(inputs)]) for i in range(repeats + 2)][2:]
+    for x in inputs[:2]:
+        runner.engine.trace(x)
+    rounds = -(-repeats // len(inputs))
+    traces = [runner.engine.trace(x) for _ in range(rounds) for x in inputs]
+
+    def of_batch(times: list[float]) -> float:
+        return float(np.median(np.reshape(times, (rounds, len(inputs))), axis=0).mean())
+
     gated = bool(runner.engine.program.gated)
     return [
         LayerRow(
@@ -188,8 +195,8 @@ def layer_rows(
             density=runner.density,
             layer=same[0].name,
             kind=same[0].kind,
-            ms=float(np.median([layer.ms for layer in same])),
-            gate_ms=float(np.median([layer.gate_ms for layer in same])),
+            ms=of_batch([layer.ms for layer in same]),
+            gate_ms=of_batch([layer.gate_ms for layer in same]),
             macs=float(np.mean([layer.macs for layer in same])),
             gate_macs=float(np.mean([layer.gate_macs for layer in same])),
         )

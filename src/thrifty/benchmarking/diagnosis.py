@@ -13,12 +13,16 @@ from thrifty.benchmarking.subjects import IMAGES, Subject, random_images
 from thrifty.benchmarking.timing import interleave
 from thrifty.engine import Engine
 from thrifty.errors import ThriftyError
+from thrifty.program import Program
 
 GOOD = 0.85
 """Efficiency from which on a network is as fast as its MACs promise."""
 
 FAR = 0.5
 """Share of the peak rate under which a kernel runs far from it."""
+
+LARGE = 0.01
+"""Share of the dense MACs from which on a layer's rate may be the peak."""
 
 NOTICED = 0.02
 """Share of the time from which on a layer is worth a word."""
@@ -29,9 +33,10 @@ class LayerCost:
     """One operator in the dense network and in the dynamic one.
 
     Attributes:
-        name, kind, gated: which it is; its time includes its gate's.
-        dense_ms, ms: median time dense and dynamic.
+        name, kind, gated: which it is, and whether it has a gate, whose time is part of its own.
+        dense_ms, ms: time dense and dynamic, mean of an image.
         dense_macs, macs, gate_macs: mean of an image.
+        block: name of the layer gate that decides whether it runs, or empty.
     """
 
     name: str
@@ -42,6 +47,12 @@ class LayerCost:
     dense_macs: float
     macs: float
     gate_macs: float
+    block: str = ""
+
+    @property
+    def outside(self) -> bool:
+        """Whether it takes the same time whatever gates decide."""
+        return not self.gated and not self.block
 
     @property
     def rate(self) -> float:
@@ -62,7 +73,7 @@ class Diagnosis:
         model, method, density, threads: what ran, at batch 1.
         dense_ms, ms: median time of the dense and of the dynamic network, without tracing.
         dense_macs, macs: mean of an image, gates included.
-        peak: GMAC/s of the fastest layer that holds 1 % of the dense MACs at least.
+        peak: GMAC/s of the fastest dense layer of those that hold `LARGE` of the MACs at least, if there are such.
         layers: every operator.
     """
 
@@ -89,8 +100,8 @@ class Diagnosis:
 
     @property
     def outside(self) -> float:
-        """Share of the dynamic network's time that is outside gated layers, in [0, 1]."""
-        return sum(layer.ms for layer in self.layers if not layer.gated) / self._total
+        """Share of the dynamic network's time that is outside gated layers and blocks, in [0, 1]."""
+        return sum(layer.ms for layer in self.layers if layer.outside) / self._total
 
     @property
     def slow(self) -> tuple[LayerCost, ...]:
@@ -104,9 +115,14 @@ class Diagnosis:
 
     @property
     def futile(self) -> tuple[LayerCost, ...]:
-        """Gated layers that take longer than the dense layer would, the worst first."""
-        found = [layer for layer in self.layers if layer.gated and layer.ms > layer.dense_ms]
-        return tuple(sorted(found, key=lambda layer: layer.dense_ms - layer.ms))
+        """Gated layers that take longer than dense, and layer gates whose blocks do, the worst first."""
+        found = [layer for layer in self.layers if layer.gated and self._loss(layer) > 0]
+        return tuple(sorted(found, key=lambda layer: -self._loss(layer)))
+
+    def _loss(self, layer: LayerCost) -> float:
+        """Milliseconds that a layer, and the block that it decides on, takes longer than dense."""
+        decided = [layer, *(inner for inner in self.layers if inner.block == layer.name)]
+        return sum(part.ms - part.dense_ms for part in decided)
 
     def lost(self) -> dict[str, float]:
         """Milliseconds by which each cause keeps the network from falling as its MACs fall.
@@ -118,11 +134,11 @@ class Diagnosis:
         futile = {layer.name for layer in self.futile}
         lost = {"outside": 0.0, "kernels": 0.0, "gates": 0.0}
         for layer in self.layers:
-            if not layer.gated:
+            if layer.outside:
                 lost["outside"] += max(0.0, layer.ms - ratio * layer.dense_ms)
             elif layer.name in futile:
-                lost["gates"] += layer.ms - layer.dense_ms
-            else:
+                lost["gates"] += self._loss(layer)
+            elif layer.dense_macs:
                 lost["kernels"] += max(0.0, layer.ms - layer.dense_ms * layer.macs / layer.dense_macs)
         return lost
 
@@ -151,7 +167,7 @@ class Diagnosis:
         return sum(layer.ms for layer in self.layers)
 
     def _about_outside(self) -> str:
-        most = sorted((layer for layer in self.layers if not layer.gated), key=lambda layer: -layer.ms)[:3]
+        most = sorted((layer for layer in self.layers if layer.outside), key=lambda layer: -layer.ms)[:3]
         named = ", ".join(f"{layer.name} {layer.ms / self._total:.0%}" for layer in most)
         text = f"outside gated layers: {self.outside:.0%} of the time" + (f" ({named})" if named else "")
         limit = f"; gates alone can make it {1 / self.outside:.1f} times as fast at most" if self.outside else ""
@@ -176,7 +192,7 @@ class Diagnosis:
         gated = sum(layer.gated for layer in self.layers)
         if not self.futile:
             return f"gates: each of {gated} saves more time than it costs. Nothing to do."
-        loss = sum(layer.ms - layer.dense_ms for layer in self.futile)
+        loss = sum(self._loss(layer) for layer in self.futile)
         named = ", ".join(layer.name for layer in self.futile[:4])
         more = f" and {len(self.futile) - 4} more" if len(self.futile) > 4 else ""
         return (
@@ -205,9 +221,9 @@ def diagnose(subject: Subject, density: float | None = None, threads: int = 1, s
     dynamic.density = density
     timings = interleave([dense, dynamic], inputs, seconds)
     before, after = (layer_rows(subject, runner, threads, 1, inputs) for runner in (dense, dynamic))
-    layers = _paired(before, after, set(subject.dynamic.gated))
+    layers = _paired(before, after, subject.dynamic)
     dense_macs = sum(layer.dense_macs for layer in layers)
-    large = [layer for layer in layers if layer.dense_macs > 0.01 * dense_macs]
+    large = [layer for layer in layers if layer.dense_macs >= LARGE * dense_macs] or layers
     return Diagnosis(
         subject.name,
         subject.method,
@@ -217,19 +233,23 @@ def diagnose(subject: Subject, density: float | None = None, threads: int = 1, s
         timings[1].median,
         dense_macs,
         float(np.sum([layer.macs + layer.gate_macs for layer in layers])),
-        max(max(layer.rate, layer.dense_rate) for layer in large),
+        max(layer.dense_rate for layer in large),
         layers,
     )
 
 
-def _paired(dense: Sequence[LayerRow], dynamic: Sequence[LayerRow], gated: set[str]) -> tuple[LayerCost, ...]:
+def _paired(dense: Sequence[LayerRow], dynamic: Sequence[LayerRow], program: Program) -> tuple[LayerCost, ...]:
     """Operators of both networks by name; one that only the dynamic network has took no time in the dense one."""
     before = {row.layer: row for row in dense}
+    blocks = {operator.output: operator.name for operator in program.operators}
     costs = []
-    for row in dynamic:
+    for row, operator in zip(dynamic, program.operators, strict=True):
         same = before.get(row.layer)
         dense_ms, dense_macs = (same.ms, same.macs) if same else (0.0, 0.0)
         costs.append(
-            LayerCost(row.layer, row.kind, row.layer in gated, dense_ms, row.ms, dense_macs, row.macs, row.gate_macs)
-        )
+            LayerCost(
+                row.layer, row.kind, operator.gated, dense_ms, row.ms, dense_macs, row.macs, row.gate_macs,
+                "" if operator.guard is None else blocks[operator.guard],
+            )
+        )  # fmt: skip
     return tuple(costs)

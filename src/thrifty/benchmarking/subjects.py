@@ -88,7 +88,7 @@ def find_subject(
     chosen = method not in {None, "none"} or where or settings
     if source.endswith(SUFFIX):
         subject = _of_program(source, image)
-        if chosen:
+        if chosen or (method == "none" and subject.dynamic is not None):
             raise ThriftyError(f"{source} is a program as it is: leave --method, --where and --set out.")
         return subject
     import torch  # noqa: PLC0415 (programs need none of these)
@@ -106,7 +106,7 @@ def find_subject(
             raise CheckpointError(f"{source} takes images of {size} px, --image {image} was given.")
         preprocessing = Preprocessing(card.mean, card.std)
         if card.method is not None:
-            if chosen and (where or settings or method != card.method["name"]):
+            if where or settings or method not in {None, card.method["name"]}:
                 raise ThriftyError(f"{source} is a dynamic model already: leave --method, --where and --set out.")
             return _of_trained(source, model, build_net(card.net, **card.arguments), size, preprocessing)
     else:

@@ -10,7 +10,7 @@ import typer
 
 from thrifty.cli.options import Json, MeasuredMethod, MethodSettings, Several, picture_files, settings_of
 from thrifty.cli.output import console, millions, number, print_json, table
-from thrifty.errors import require
+from thrifty.errors import ThriftyError, require
 from thrifty.files import replacing
 from thrifty.machine import machine, native_features, versions
 
@@ -89,6 +89,11 @@ def run(
         find_subject(name, image, method, where or (), images=max(IMAGES, *batches), settings=settings)
         for name in models
     ]
+    for subject in subjects:
+        if density and subject.dynamic is None:
+            raise ThriftyError(f"--density was given, but {subject.name} is measured dense only.")
+        if "torch" in (peers or ()) and subject.module is None:
+            raise ThriftyError(f"--peers torch was given, but {subject.name} is a program, which torch can't run.")
     inputs = [None if files is None else read_photographs(files, subject) for subject in subjects]
     reports: list[Report] = []
     for subject, images in zip(subjects, inputs, strict=True):
@@ -97,6 +102,8 @@ def run(
         reports.append(report)
         if not as_json:
             _print(report)
+            if "torch" in wanted and subject.module is None:
+                console.print("torch: left out, for it can't run a program", highlight=False)
     rows = bench.as_records(row for report in reports for row in report.rows)
     beside = {**machine(), **versions(*LIBRARIES), "instructions": native_features().get("isa")}
     if output is not None:

@@ -79,7 +79,7 @@ def _network(model: str, image: int | None, method: str | None, density: float |
     from thrifty.benchmarking.subjects import find_subject  # noqa: PLC0415
     from thrifty.methods import METHODS  # noqa: PLC0415
 
-    if density is not None and method is None:
+    if density is not None and method in {None, "none"}:
         raise ThriftyError(f"--density was given, but {model} is a dense network. Give --method fbs too.")
     if density is not None and method in METHODS and not hasattr(METHODS[method], "density"):
         raise ThriftyError(f"--density was given, but {method} has none: it takes settings of its own.")

@@ -12,6 +12,7 @@ import thrifty
 from thrifty import machine
 from thrifty.cli.options import Json, MeasuredMethod
 from thrifty.cli.output import console, millions, number, print_json, table
+from thrifty.errors import ThriftyError
 
 NAME = "doctor"
 
@@ -34,6 +35,8 @@ def run(
     if model is not None:
         _diagnose(model, image, method, density, threads, as_json)
         return
+    if image is not None or method is not None or density is not None:
+        raise ThriftyError("--image, --method and --density are for a model's diagnosis: give a MODEL too.")
     report = examine()
     if as_json:
         print_json(report)

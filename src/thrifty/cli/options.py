@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from thrifty.errors import DataError, ThriftyError
+from thrifty.errors import CheckpointError, DataError, ThriftyError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,6 +84,12 @@ def open_model(source: str, net: str | None, density: float | None) -> tuple[nn.
             raise ThriftyError(f"--density was given, but {source} is a dense model.")
         model.set_density(density)
     return model, card
+
+
+def check_classes(card: ModelCard, logits: int) -> None:
+    """An error where a model doesn't name as many classes as it tells apart."""
+    if logits != len(card.classes):
+        raise CheckpointError(f"the model's file is damaged: it names {len(card.classes)} classes for {logits} logits.")
 
 
 def model_name(source: str) -> str:

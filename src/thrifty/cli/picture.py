@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from thrifty.cli.options import Density, Net, Threads, may_write, model_name, open_model, set_threads
+from thrifty.cli.options import Density, Net, Threads, check_classes, may_write, model_name, open_model, set_threads
 from thrifty.cli.output import console, millions, percent
 from thrifty.errors import ThriftyError, require
 
@@ -49,6 +49,7 @@ def run(
     opened, card = open_model(model, net, density)
     pixels = read_images([picture], card.size)
     explanation = explain(opened, normalise(pixels, card.mean, card.std))
+    check_classes(card, len(explanation.probabilities))
     best = int(explanation.probabilities.argmax())
     share = explanation.macs / explanation.dense_total
     found = f"{card.classes[best]}, {percent(float(explanation.probabilities[best]))}"

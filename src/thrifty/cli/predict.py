@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thrifty.cli.options import Density, Net, Predictor, Threads, open_model, picture_files, set_threads
+from thrifty.cli.options import (
+    Density,
+    Net,
+    Predictor,
+    Threads,
+    check_classes,
+    open_model,
+    picture_files,
+    set_threads,
+)
 from thrifty.cli.output import millions, percent, print_json_line, table
 from thrifty.errors import ProgramError, require
 
@@ -59,6 +68,7 @@ def _predictions(model: Any, card: Any, files: list[Path]) -> Iterator[dict[str,
         part = files[start : start + BATCH]
         x = normalise(read_images(part, card.size), card.mean, card.std)
         result = evaluate(model, [(x, torch.zeros(len(x), dtype=torch.int64))])
+        check_classes(card, result.probabilities.shape[1])
         confidence, index = result.probabilities.max(1)
         for i, path in enumerate(part):
             yield {

@@ -79,10 +79,21 @@ def _read(path: Path, size: int, resize: bool) -> np.ndarray:
     return np.array(picture)
 
 
+def _in_bytes(image: Image.Image, kind: str | None) -> Image.Image:
+    """Greyscale of 16 bits a pixel as eight, scaled: Pillow alone would make white of all above 255."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in {"I", "F"}:
+        raise ValueError(
+            f"its values (mode {image.mode}) have no range that is known; save it with 8 or 16 bits a pixel"
+        )
+    return image
+
+
 def _decode(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
+            upright = _in_bytes(ImageOps.exif_transpose(image), image.format)
             # A palette's transparency can't be kept as a colour; RGBA on the way is what Pillow asks for.
             return (upright.convert("RGBA") if "transparency" in upright.info else upright).convert("RGB")
     except FileNotFoundError as error:

@@ -50,11 +50,15 @@ def lower(
     if not isinstance(example, Tensor) or example.ndim != 4 or not example.is_floating_point():
         given = f"{example.dtype} {tuple(example.shape)}" if isinstance(example, Tensor) else type(example).__name__
         raise LoweringError(f"example must be a batch of float images [N, C, H, W], not {given}.")
+    if preprocessing is not None and not isinstance(preprocessing, Preprocessing):
+        raise LoweringError(f"preprocessing is {preprocessing!r}, but must be a thrifty.Preprocessing(mean, std).")
     if not example.numel():
         raise LoweringError(f"example is empty: {tuple(example.shape)}. Give one image at least.")
     try:
         graph, value = record(model, example)
-    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+    except ThriftyError:
+        raise
+    except Exception as error:  # whatever the model's own code raises
         raise LoweringError(f"the model does not take an example of shape {tuple(example.shape)}: {error}") from error
     with torch.no_grad():
         node, flat = _output(graph, value)
@@ -63,7 +67,7 @@ def lower(
 
 
 def _output(graph: Graph, value: Value) -> tuple[Node, bool]:
-    graph.scope, graph.place = "output", ""
+    graph.scope, graph.place, graph.whole = "output", "", False
     try:
         node = Resolver(graph).map(value)
     except LoweringError as error:

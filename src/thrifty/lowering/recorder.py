@@ -40,8 +40,9 @@ def record(model: nn.Module, example: Tensor) -> tuple[Graph, Value]:
     Raises:
         LoweringError: the network does something that programs cannot express.
     """
-    image = example[:1].detach()
-    x = torch.cat([image] * IMAGES).clone() if len(example) < IMAGES else example[:IMAGES].detach().clone()
+    with torch.inference_mode(False):
+        image = example[:1].detach()
+        x = torch.cat([image] * IMAGES).clone() if len(example) < IMAGES else example[:IMAGES].detach().clone()
     channels, height, width = x.shape[1:]
     graph = Graph((channels, height, width))
     recorder = _Recorder(graph)

@@ -30,7 +30,7 @@ from thrifty.conversion import Place
 from thrifty.density import Density, check_patterns, densities_of, density_for, kept
 from thrifty.errors import LoweringError, ThriftyError
 from thrifty.gates import InputGate, LoweredGate, MaskedConv, SpreadGate, mean_magnitude, top_k_mask
-from thrifty.graph import ConvSite, replace_module
+from thrifty.graph import ConvSite, Sites, replace_module
 from thrifty.methods.base import MethodConfig, on_the_way, spread_budgets
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class AntiDote(MethodConfig):
         if len(self.ascent) != 2 or not 0 <= self.ascent[0] <= self.ascent[1] <= 1:
             raise ThriftyError(f"AntiDote ascent is {self.ascent!r}, but must be two rising shares in [0, 1].")
 
-    def place(self, model: nn.Module, sites: tuple[ConvSite, ...]) -> tuple[Place, ...]:
+    def place(self, model: nn.Module, sites: Sites) -> tuple[Place, ...]:
         """Prune the map that each convolution reads, where that map is read inside a block only."""
         refused = {site.name: self._refusal(site) for site in sites}
         sizes = {site.name: site.map_size for site in sites if not refused[site.name]}

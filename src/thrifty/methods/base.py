@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from thrifty.conversion import Place
     from thrifty.dynamic import Dynamic
     from thrifty.gates import SpreadGate
-    from thrifty.graph import ConvSite
+    from thrifty.graph import Sites
 
 Where = Callable[[str, nn.Module], bool] | str | tuple[str, ...] | None
 
@@ -100,7 +100,7 @@ class MethodConfig(ABC):
         return {"name": self.name, "version": self.version, **values}
 
     @abstractmethod
-    def place(self, model: nn.Module, sites: tuple[ConvSite, ...]) -> tuple[Place, ...]:
+    def place(self, model: nn.Module, sites: Sites) -> tuple[Place, ...]:
         """Put gates into `model` and say for each site what was done."""
 
     def measure(self, model: Dynamic, example: Tensor) -> None:  # noqa: B027 (most methods need nothing)

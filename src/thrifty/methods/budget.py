@@ -40,7 +40,7 @@ from thrifty.strength import HIGHEST_THRESHOLD
 
 if TYPE_CHECKING:
     from thrifty.dynamic import Dynamic
-    from thrifty.graph import ConvSite
+    from thrifty.graph import ConvSite, Sites
 
 log = logging.getLogger(__name__)
 
@@ -221,11 +221,16 @@ class BudgetConfig(MethodConfig, ABC):
         return 1 + (self.target - 1) * self._relaxed(progress)
 
     def advance(self, model: Dynamic, progress: float) -> None:
-        """Put the goal where it is when the share `progress` in [0, 1] of training is done, and charge the price."""
+        """Put the goal where it is when the share `progress` in [0, 1] of training is done, and charge the price.
+
+        In training mode gates get the threshold that they learn with.
+        """
         done = self._relaxed(progress)
         for gate in budgeted(model).values():
             if gate.costs is not None:
                 gate.costs.progress = progress
+            if gate.training:  # what was set for a budget is not learned with
+                gate.threshold.fill_(self.least_threshold)
             # Not when the price moves: the backward pass that follows then still needs what was charged.
             gate.charged.copy_(gate.price * gate.toll * (done if isinstance(gate, LayerGate) else 1))
 
@@ -245,7 +250,7 @@ class BudgetConfig(MethodConfig, ABC):
     def gate_layers(
         self,
         model: nn.Module,
-        sites: tuple[ConvSite, ...],
+        sites: Sites,
         blocks: tuple[Block, ...],
         make: Callable[[Block, int], LayerGate],
     ) -> GatedLayers:

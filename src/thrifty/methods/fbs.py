@@ -40,7 +40,7 @@ from thrifty.gates import (
     predictor_macs,
     top_k_mask,
 )
-from thrifty.graph import ConvSite, gate_outputs
+from thrifty.graph import ConvSite, Sites, gate_outputs
 from thrifty.methods.base import MethodConfig, on_the_way, spread_budgets
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class FBS(MethodConfig):
         if self.l1 < 0 or self.max_overhead < 0:
             raise ThriftyError("FBS l1 and max_overhead must not be negative.")
 
-    def place(self, model: nn.Module, sites: tuple[ConvSite, ...]) -> tuple[Place, ...]:
+    def place(self, model: nn.Module, sites: Sites) -> tuple[Place, ...]:
         """Gate every site that can take it."""
         places = []
         for site in sites:
@@ -168,7 +168,8 @@ class FBS(MethodConfig):
         gated = gate_outputs(model, site, gate)
         self._initialise(gate, gated.norm)
         if gated.norm is not None:
-            gated.register_load_state_dict_post_hook(_after_load)
+            _freeze_signs(gated)
+            gated.register_load_state_dict_post_hook(_freeze_signs)
 
     @torch.no_grad()
     def _initialise(self, gate: FBSGate, norm: Any) -> None:
@@ -190,7 +191,6 @@ class FBS(MethodConfig):
             if norm.bias is not None:
                 norm.bias.div_(rho)
             gamma.copy_(torch.where(magnitude > floor, gamma.sign(), gamma / rho))
-        _freeze_signs(norm)
 
 
 class FBSGate(ChannelGate, SpreadGate, Predictor):
@@ -254,11 +254,18 @@ def _gates(model: Dynamic) -> dict[str, FBSGate]:
     return {name: gate for name, gate in model.gates().items() if isinstance(gate, FBSGate)}
 
 
-def _freeze_signs(norm: Any) -> None:
-    """A scale of plain signs is no parameter of the method; one that stands in for tiny gammas is learned."""
-    if isinstance(norm.weight, nn.Parameter):
-        norm.weight.requires_grad_(bool((norm.weight.abs() != 1).any()))
+def _freeze_signs(gated: Any, _keys: object = None) -> None:
+    """A scale of plain signs is no parameter of the method; one that stands in for tiny gammas is learned.
 
-
-def _after_load(gated: Any, _keys: object) -> None:
-    _freeze_signs(gated.norm)
+    What was frozen for other reasons stays so.
+    """
+    scale = gated.norm.weight
+    if not isinstance(scale, nn.Parameter):
+        return
+    signs = bool((scale.abs() == 1).all())
+    if signs and scale.requires_grad:
+        scale.requires_grad_(False)
+        gated.froze_signs = True
+    elif not signs and getattr(gated, "froze_signs", False):
+        scale.requires_grad_(True)
+        gated.froze_signs = False

@@ -27,7 +27,7 @@ from thrifty.blocks import Block, residual_blocks
 from thrifty.conversion import Place
 from thrifty.errors import ThriftyError
 from thrifty.gates import LayerGate, LoweredGate, Pair
-from thrifty.graph import ConvSite
+from thrifty.graph import Sites
 from thrifty.methods.budget import BudgetConfig, Budgeted
 
 START = 3.0
@@ -55,7 +55,7 @@ class Gumbel(BudgetConfig):
         if self.temperature <= 0:
             raise ThriftyError(f"Gumbel temperature is {self.temperature!r}, but must be above 0.")
 
-    def place(self, model: nn.Module, sites: tuple[ConvSite, ...]) -> tuple[Place, ...]:
+    def place(self, model: nn.Module, sites: Sites) -> tuple[Place, ...]:
         """Gate every residual block that can take it."""
         layers = self.gate_layers(
             model, sites, residual_blocks(model), lambda block, inputs: SampledLayer(block, inputs, self.temperature)

@@ -37,7 +37,7 @@ from thrifty.blocks import Block, residual_blocks
 from thrifty.conversion import Place
 from thrifty.errors import ThriftyError
 from thrifty.gates import ChannelGate, LayerGate, LoweredGate, Pair, predictor_macs
-from thrifty.graph import ConvSite, gate_outputs
+from thrifty.graph import ConvSite, Sites, gate_outputs
 from thrifty.methods.budget import BudgetConfig, Budgeted, check_threshold
 
 SPREAD = 4.0
@@ -82,11 +82,11 @@ class LCNet(BudgetConfig):
         """The threshold that gates learn with."""
         return self.threshold
 
-    def place(self, model: nn.Module, sites: tuple[ConvSite, ...]) -> tuple[Place, ...]:
+    def place(self, model: nn.Module, sites: Sites) -> tuple[Place, ...]:
         """Gate every residual block and a convolution in each, where they can take it."""
         blocks = residual_blocks(model)
         inner = {_inner(block, sites) for block in blocks} if blocks else {site.name for site in sites}
-        refused = {site.name: self._refusal(site, inner) for site in sites}
+        refused = {site.name: self._refusal(site, inner, sites) for site in sites}
         for site in sites:
             if not refused[site.name]:
                 conv: Any = site.conv
@@ -105,9 +105,11 @@ class LCNet(BudgetConfig):
     def _layer_gate(self, block: Block, inputs: int) -> LayerGate:
         return ScoredLayer(block, inputs, self)
 
-    def _refusal(self, site: ConvSite, inner: set[str]) -> str:
+    def _refusal(self, site: ConvSite, inner: set[str], sites: Sites) -> str:
         if site.conv is None or site.blocked:
             return site.blocked
+        if sites.map_of(site.name) is None:
+            return "it does not read one map for each input"
         if not self.channels:
             return "its channels are not gated"
         if site.name not in inner:
@@ -198,7 +200,7 @@ class ScoredLayer(_Scored, LayerGate):
         return scores[:, 0], decided[:, 0]
 
 
-def _inner(block: Block, sites: tuple[ConvSite, ...]) -> str:
+def _inner(block: Block, sites: Sites) -> str:
     """The convolution of a block whose channels C-Net gates."""
     convs: list[Any] = [site for site in sites if site.name in block.members and site.conv is not None]
     wide = [site for site in convs if max(site.conv.kernel_size) > 1 and site.conv.groups < site.conv.in_channels]

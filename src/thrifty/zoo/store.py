@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -115,25 +116,27 @@ def read_card(path: str | Path) -> ModelCard:
                 else f"{path} was not written by thrifty: it has no model card."
             )
         values = json.loads(text)
+        if not isinstance(values, dict):
+            raise TypeError("its card is no mapping")
         version = values.pop("format")
         if version > FORMAT:
             raise CheckpointError(f"{path} was written by a newer thrifty (format {version}). Upgrade to load it.")
         for key in ("classes", "mean", "std"):
             values[key] = tuple(values[key])
         return _checked(ModelCard(**values))
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a model file or is damaged: {error}.") from error
 
 
 def _checked(card: ModelCard) -> ModelCard:
     """The card, if every field is of its type; else a TypeError that names one that is not."""
-    numbers = all(isinstance(value, (int, float)) for value in (*card.mean, *card.std))
+    numbers = all(type(value) in {int, float} and math.isfinite(value) for value in (*card.mean, *card.std))
     fits = {
         "net": isinstance(card.net, str),
         "arguments": isinstance(card.arguments, dict),
         "method": card.method is None or isinstance(card.method, dict),
         "classes": all(isinstance(name, str) for name in card.classes),
-        "size": isinstance(card.size, int) and card.size > 0,
+        "size": type(card.size) is int and card.size > 0,
         "mean": numbers and len(card.mean) == 3,
         "std": numbers and len(card.std) == 3 and all(value > 0 for value in card.std),
     }
