@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import typer
 from cli_support import error_of
 from PIL import Image
@@ -23,6 +24,7 @@ from thrifty.cli.demo import _networks
 from thrifty.cli.options import Several
 from thrifty.data.files import SAMPLE, listing, read_files
 from thrifty.zoo.compilation import compile_file
+from thrifty.zoo.nets import build
 from thrifty.zoo.store import load_model
 
 DENSE, DYNAMIC = "resnet20-cifar10", "resnet20-cifar10-fbs"
@@ -103,7 +105,6 @@ def test_bench_on_photographs_measures_what_trained_gates_decide() -> None:
         (("compile", "resnet20", "-o", "m.thrifty", "--method", "none", "--density", "0.5"), "is a dense network"),
         (("bench", "resnet20", "--method", "none", "--density", "0.5"), "measured dense only"),
         (("bench", DYNAMIC, "--method", "none"), "leave --method"),
-        (("bench", PROGRAM, "--peers", "torch"), "torch can't run"),
         (("doctor", "resnet20", "--method", "none"), "has no gates"),
         (("doctor", "--density", "0.5"), "give a MODEL"),
     ],
@@ -114,6 +115,16 @@ def test_errors_are_one_line(
     status, message = error_of(arguments, monkeypatch, capsys)
     assert status == 1
     assert words in message
+
+
+def test_torch_runs_no_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(tmp_path / "m.thrifty")
+    thrifty.compile(build("resnet8"), torch.zeros(1, 3, 32, 32)).save(file)
+    _, message = error_of(("bench", file, "--peers", "torch"), monkeypatch, capsys)
+    assert "torch can't run" in message
+    assert "torch: left out" in output("bench", file, *QUICK)
 
 
 def test_options_take_what_follows_them_and_nothing_else() -> None:
