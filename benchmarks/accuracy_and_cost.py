@@ -21,6 +21,10 @@ from thrifty.zoo.records import records
 from thrifty.zoo.store import ModelCard
 
 
+COLOURS = 10
+"""That matplotlib's cycle has before it begins anew."""
+
+
 def parser_of(description: str | None, name: str) -> argparse.ArgumentParser:
     """The options that all take: where the photographs are, and where the CSV of that name goes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -79,9 +83,14 @@ def draw(rows: Sequence[dict[str, Any]], by: str, title: str, path: Path) -> Non
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name in dict.fromkeys(row[by] for row in rows):
+    for number, name in enumerate(dict.fromkeys(row[by] for row in rows)):
         part = sorted((row for row in rows if row[by] == name), key=lambda row: row["macs_share"])
-        axes.plot([row["macs_share"] for row in part], [100 * row["accuracy"] for row in part], "o-", label=name)
+        axes.plot(
+            [row["macs_share"] for row in part],
+            [100 * row["accuracy"] for row in part],
+            "o-" if number < COLOURS else "s--",
+            label=name,
+        )
     axes.set_xlabel("MACs, share of dense")
     axes.set_ylabel("accuracy on the test photographs, %")
     axes.set_title(title)
