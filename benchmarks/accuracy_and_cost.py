@@ -20,7 +20,6 @@ from thrifty.machine import machine, versions
 from thrifty.zoo.records import records
 from thrifty.zoo.store import ModelCard
 
-
 COLOURS = 10
 """That matplotlib's cycle has before it begins anew."""
 
