@@ -239,7 +239,7 @@ def conv_sites(model: nn.Module, example: Tensor) -> Sites:
             limit=_limit(node_after, net),
             unpruned=unfit or shared,
             map_size=max(sizes, default=0),
-            input_shape=seen.input_shape,
+            input_shape=torch.Size(inputs.get(name, ())[1:]),
             macs=seen.macs,
         )
     for name, module in net.modules.items():
@@ -443,9 +443,8 @@ def function_name(node: fx.Node) -> str:
 
 @dataclass(frozen=True)
 class _Measured:
-    """Of one convolution for the example: shape of its input without the batch, dense MACs, positions of its output."""
+    """Of one convolution for the example: dense MACs, positions of its output."""
 
-    input_shape: torch.Size = field(default_factory=torch.Size)
     macs: int = 0
     positions: int = 0
 
@@ -471,7 +470,7 @@ def _measure(model: nn.Module, example: Tensor) -> tuple[dict[str, _Measured], d
             per_position = conv.in_channels if conv.transposed else conv.out_channels
             weights = conv.weight[0].numel() if conv.transposed else weights
             macs = weights * per_position * positions
-            found[name] = _Measured(inputs[0].shape[1:], macs, output[0, 0].numel())
+            found[name] = _Measured(macs, output[0, 0].numel())
 
         return hook
 
