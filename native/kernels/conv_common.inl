@@ -27,16 +27,21 @@ std::size_t floats_of(std::size_t count) {
     return round_up(count * sizeof(T) / sizeof(float), 16);
 }
 
-// Calls visit(row, column, count, place in the range) for each stretch of `range` that lies in one row, where values
-// are numbered row after row.
+// Calls visit(row, column, count, place) for each stretch of `number` values from row y, column x on that lies in one
+// row, where values follow each other row after row.
 template <class Visit>
-void each_stretch(Range range, int width, Visit visit) {
-    int y = range.first / width, x = range.first % width;
-    for (int at = range.first; at < range.last; ++y, x = 0) {
-        const int count = std::min(width - x, range.last - at);
-        visit(y, x, count, at - range.first);
+void each_stretch(int y, int x, int number, int width, Visit visit) {
+    for (int at = 0; at < number; ++y, x = 0) {
+        const int count = std::min(width - x, number - at);
+        visit(y, x, count, at);
         at += count;
     }
+}
+
+// The same for a range of values, which are numbered row after row.
+template <class Visit>
+void each_stretch(Range range, int width, Visit visit) {
+    each_stretch(range.first / width, range.first % width, range.last - range.first, width, visit);
 }
 
 template <int NUMBER>

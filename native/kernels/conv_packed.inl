@@ -126,21 +126,18 @@ private:
     // Writes up to a vector more than the row of the panel, where what belongs there is written later, or nothing lies.
     void pack_panel(const ConvCall& call, const Start& start, const float* tap, float* to) const {
         const std::ptrdiff_t row = call.in.row * shape_.stride_height;
-        int x = start.x;
-        tap += start.y * row;
-        for (int left = start.pixels, number; left > 0; left -= number, to += number, tap += row, x = 0) {
-            number = std::min(shape_.out_width - x, left);
-            const float* const from = tap + x * shape_.stride_width;
+        each_stretch(start.y, start.x, start.pixels, shape_.out_width, [&](int y, int x, int number, int at) {
+            const float* const from = tap + y * row + x * shape_.stride_width;
             if (shape_.stride_width == 1) {
-                for (int p = 0; p < number; p += lanes) store(to + p, load(from + p));
+                for (int p = 0; p < number; p += lanes) store(to + at + p, load(from + p));
             } else if (shape_.stride_width == 2) {
                 for (int p = 0; p < number; p += lanes) {
-                    store(to + p, evens(load(from + 2 * p), load(from + 2 * p + lanes)));
+                    store(to + at + p, evens(load(from + 2 * p), load(from + 2 * p + lanes)));
                 }
             } else {
-                for (int p = 0; p < number; ++p) to[p] = from[p * shape_.stride_width];
+                for (int p = 0; p < number; ++p) to[at + p] = from[p * shape_.stride_width];
             }
-        }
+        });
     }
 
     void write_channel(const ConvCall& call, int o, Range pixels, const float* sums) const {
