@@ -380,6 +380,20 @@ def test_a_layer_gate_is_judged_by_its_block() -> None:
     assert found.lost()["gates"] == pytest.approx(0.3)
 
 
+def test_time_lost_in_a_block_is_counted_once() -> None:
+    """The block costs more than it saves, and so does one of the layers in it, which has a gate of its own."""
+    gate = LayerCost("block", "layer_gate", True, 0.0, 0.1, 0.0, 0.0, 1e3)
+    inner = LayerCost("c1", "conv", True, 2.0, 2.5, 100e6, 25e6, 1e3, "block")
+    other = LayerCost("c2", "conv", False, 2.0, 1.9, 100e6, 25e6, 0.0, "block")
+    alone = cost("alone", 2.0, 2.2)
+    found = diagnosis(gate, inner, other, alone, cost("stem", 1.0, 1.0, 100.0, gated=False))
+    assert set(found.futile) == {gate, inner, alone}
+    assert found.wasted == pytest.approx(0.1 + 0.5 - 0.1 + 0.2)
+    assert found.lost() == {"outside": pytest.approx(1 - found.macs / found.dense_macs), "kernels": 0.0,
+                            "gates": pytest.approx(0.7)}  # fmt: skip
+    assert "0.70 ms together" in found.findings()[2]
+
+
 def test_the_diagnosis_of_layers_that_run_for_some_images() -> None:
     subject = find_subject("resnet20", None, "lcnet", settings={"target": 0.5})
     found = diagnose(subject, seconds=0.02)

@@ -121,8 +121,18 @@ class Diagnosis:
 
     def _loss(self, layer: LayerCost) -> float:
         """Milliseconds that a layer, and the block that it decides on, takes longer than dense."""
-        decided = [layer, *(inner for inner in self.layers if inner.block == layer.name)]
-        return sum(part.ms - part.dense_ms for part in decided)
+        return sum(part.ms - part.dense_ms for part in self.layers if layer.name in (part.name, part.block))
+
+    @property
+    def _wasted(self) -> tuple[LayerCost, ...]:
+        """Layers that futile gates answer for, each once: their own and all of their blocks."""
+        futile = {layer.name for layer in self.futile}
+        return tuple(layer for layer in self.layers if futile & {layer.name, layer.block})
+
+    @property
+    def wasted(self) -> float:
+        """Milliseconds that futile gates cost more than they save, together."""
+        return sum(layer.ms - layer.dense_ms for layer in self._wasted)
 
     def lost(self) -> dict[str, float]:
         """Milliseconds by which each cause keeps the network from falling as its MACs fall.
@@ -131,14 +141,12 @@ class Diagnosis:
         layers take beyond their share of MACs in the dense layer's time, 'gates' the loss of futile ones.
         """
         ratio = self.macs / self.dense_macs
-        futile = {layer.name for layer in self.futile}
-        lost = {"outside": 0.0, "kernels": 0.0, "gates": 0.0}
+        wasted = self._wasted
+        lost = {"outside": 0.0, "kernels": 0.0, "gates": self.wasted}
         for layer in self.layers:
             if layer.outside:
                 lost["outside"] += max(0.0, layer.ms - ratio * layer.dense_ms)
-            elif layer.name in futile:
-                lost["gates"] += self._loss(layer)
-            elif layer.dense_macs:
+            elif layer.dense_macs and layer not in wasted:
                 lost["kernels"] += max(0.0, layer.ms - layer.dense_ms * layer.macs / layer.dense_macs)
         return lost
 
@@ -192,11 +200,11 @@ class Diagnosis:
         gated = sum(layer.gated for layer in self.layers)
         if not self.futile:
             return f"gates: each of {gated} saves more time than it costs. Nothing to do."
-        loss = sum(self._loss(layer) for layer in self.futile)
         named = ", ".join(layer.name for layer in self.futile[:4])
         more = f" and {len(self.futile) - 4} more" if len(self.futile) > 4 else ""
         return (
-            f"gates: {len(self.futile)} of {gated} cost more than they save, {loss:.2f} ms together ({named}{more}). "
+            f"gates: {len(self.futile)} of {gated} cost more than they save, {self.wasted:.2f} ms together "
+            f"({named}{more}). "
             "Leave these layers dense with where=, or lower their density."
         )
 
