@@ -103,6 +103,44 @@ def test_a_loss_that_wants_more_lets_dropped_columns_come_back(criterion: str, s
         assert (dropped.sign() == (sign if on else 0)).all()
 
 
+def test_the_price_of_sparsity_is_the_share_of_attention_that_is_dropped() -> None:
+    """Against sums over sorted attention; only what is dropped is pushed down, each value by the same in its row."""
+    gate = AttentionGate(torch.Size((6, 5, 7)), sparse=True).train()
+    gate.set_ratios(0.5, 0.6)
+    x = torch.randn(3, 6, 5, 7, dtype=torch.float64).relu().requires_grad_()
+    _, channels, columns = gate(x)
+    assert gate.penalty is not None
+    values = x.detach().numpy()
+    expected = 0.0
+    for attention, kept in ((values.sum((2, 3)), 3), (values.sum(1).reshape(3, 35), 14)):
+        ordered = np.sort(attention, 1)[:, ::-1]
+        expected += float((ordered[:, kept:].sum(1) / ordered.sum(1)).mean())
+    assert gate.penalty.item() == pytest.approx(expected, rel=1e-5)
+    gate.penalty.backward()
+    assert x.grad is not None
+    kept_by_both = (channels[:, :, None, None] & columns[:, None]).expand(x.shape)
+    assert (x.grad[kept_by_both] == 0).all()
+    assert (x.grad[~kept_by_both & (x > 0)] > 0).all()
+
+
+def test_sparsity_changes_the_loss_alone() -> None:
+    dynamic, _, x = network()
+    sparse, _, _ = network(sparsity=0.5)
+    for training in (True, False):
+        outputs = []
+        for each in (dynamic, sparse):
+            each.train(training)
+            outputs.append(each(x))
+        torch.testing.assert_close(*outputs, rtol=0, atol=0)
+    assert dynamic.regularization() == 0
+    assert sparse.regularization() == 0  # the last pass was in evaluation
+    sparse.train()(x)
+    penalties = [gate.penalty.item() for gate in sparse.gates().values()]
+    assert min(penalties) > 0
+    assert sparse.regularization().item() == pytest.approx(0.5 * sum(penalties))
+    copy.deepcopy(sparse)  # as for an average of the weights: what the backward pass still needs is not in the way
+
+
 @pytest.mark.parametrize("style", PRUNABLE)
 def test_nothing_pruned_is_the_dense_model(style: str) -> None:
     dynamic, model, x = network(style)

@@ -14,7 +14,12 @@ Differs from the paper, of which no code is public, in
 - stages: a tuple of ratios is by the size of the map where it was made, before pooling, largest first.
 - `criterion`, `dropout` and `schedule`, which also hold what the method is compared with.
 - `straight_through`: what is kept is the loss's concern as well. Without it what is dropped gets no gradient and can't
-  come back but by chance. Masks, evaluation and cost are the same.
+  come back but by chance.
+- `sparsity`: a price on attention that falls on what is dropped. Without it nothing keeps that small: dropping is then
+  like noise, against which training makes maps ever more even, until ReLU cuts off little and all columns have about
+  the same attention. With it maps become sparse where they are pruned, and pruning takes little away.
+
+The last two are for training alone: masks, evaluation and cost are the same.
 """
 
 from __future__ import annotations
@@ -62,6 +67,8 @@ class AntiDote(MethodConfig):
         ascent: shares of the training run at which the ascent starts and ends.
         straight_through: in training, let a gradient reach the attention too: that of the loss by what is kept, taken
             through a sigmoid about the limit between the lowest attention that is kept and the highest that is not.
+        sparsity: weight of a penalty on attention that falls on what is dropped, as a share of all attention: the sum
+            of these shares over layers and axes, each the mean of a batch. 0 for none.
         one_for_all: train one set of weights for all ratios from 0 to the targets: every image of a batch gets others
             (AntiDoteX). `schedule` then has no part.
     """
@@ -78,6 +85,7 @@ class AntiDote(MethodConfig):
     step: float = 0.05
     ascent: tuple[float, float] = (0.05, 0.6)
     straight_through: bool = False
+    sparsity: float = 0.0
     one_for_all: bool = False
 
     def __post_init__(self) -> None:
@@ -94,6 +102,8 @@ class AntiDote(MethodConfig):
             raise ThriftyError(f"AntiDote step is {self.step!r}, but must be in (0, 1).")
         if len(self.ascent) != 2 or not 0 <= self.ascent[0] <= self.ascent[1] <= 1:
             raise ThriftyError(f"AntiDote ascent is {self.ascent!r}, but must be two rising shares in [0, 1].")
+        if not 0 <= self.sparsity < float("inf"):
+            raise ThriftyError(f"AntiDote sparsity is {self.sparsity!r}, but must be a finite number, 0 or more.")
 
     def place(self, model: nn.Module, sites: Sites) -> tuple[Place, ...]:
         """Prune the map that each convolution reads, where that map is read inside a block only."""
@@ -106,7 +116,9 @@ class AntiDote(MethodConfig):
             note = refused[site.name]
             gate = None
             if not note:
-                gate = AttentionGate(site.input_shape, self.criterion, self.dropout, self.straight_through)
+                gate = AttentionGate(
+                    site.input_shape, self.criterion, self.dropout, self.straight_through, sparse=self.sparsity > 0
+                )
                 gate.map_size = site.map_size
                 gate.target = (channels[site.name], columns[site.name])
                 gate.set_ratios(*gate.target)
@@ -120,8 +132,9 @@ class AntiDote(MethodConfig):
         return tuple(places)
 
     def regularization(self, model: Dynamic) -> Tensor:
-        """Zero: the method's loss is the network's own."""
-        return torch.zeros(())
+        """`sparsity` times the shares of attention that the last pass in training dropped; zero where it is 0."""
+        penalties = [gate.penalty for gate in _gates(model).values() if gate.penalty is not None]
+        return self.sparsity * torch.stack(penalties).sum() if penalties else torch.zeros(())
 
     def set_density(self, model: Dynamic, density: Density) -> None:
         """Change the share of channels kept, 1 - ratio, of all layers or of those that a pattern fits; columns stay."""
@@ -171,6 +184,8 @@ class AttentionGate(InputGate, SpreadGate):
     Attributes:
         map_size: positions of the map where it was made, before any pooling.
         target: ratios of channels and columns that training ascends to.
+        sparse: whether it notes in training what it drops.
+        penalty: of the last pass, if so: shares of the attention that it dropped, means over the batch, of both axes.
     """
 
     kept_channels: Tensor
@@ -182,11 +197,15 @@ class AttentionGate(InputGate, SpreadGate):
         criterion: Criterion = "attention",
         dropout: Dropout = "targeted",
         straight_through: bool = False,
+        *,
+        sparse: bool = False,
     ) -> None:
         super().__init__()
         self.channels, self.positions = shape[0], shape[1:].numel()
         self.map_size = self.positions
         self.criterion, self.dropout, self.straight_through = criterion, dropout, straight_through
+        self.sparse = sparse
+        self.penalty: Tensor | None = None
         # Tensors, so that they travel with the weights and a change of ratios compiles nothing anew.
         self.register_buffer("kept_channels", torch.tensor(self.channels))
         self.register_buffer("kept_columns", torch.tensor(self.positions))
@@ -201,6 +220,7 @@ class AttentionGate(InputGate, SpreadGate):
         self.by_columns = self.by_columns or int(self.kept_columns) < self.positions
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        self.penalty = None
         if self.training and self.dropout == "none":
             return x, None, None
         channels = columns = None
@@ -222,6 +242,10 @@ class AttentionGate(InputGate, SpreadGate):
         scores = self._scores(attention)
         mask = top_k_mask(scores, count)
         factors = mask.to(attention.dtype)
+        if self.training and self.sparse:
+            # Only what is dropped is pushed down: what is kept is for the network's own loss.
+            share = (attention.where(~mask, 0).sum(1) / (attention.detach().sum(1) + 1e-6)).mean()
+            self.penalty = share if self.penalty is None else self.penalty + share
         if not (self.training and self.straight_through):
             return mask, factors
         with torch.no_grad():
@@ -256,6 +280,9 @@ class AttentionGate(InputGate, SpreadGate):
         if columns is not None:
             self.by_columns = self.by_columns or columns > 0
             self.kept_columns.fill_(kept(1 - columns, self.positions))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"penalty": None}  # it belongs to one backward pass and can't be copied
 
     @property
     def share(self) -> float:
