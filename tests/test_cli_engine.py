@@ -107,6 +107,7 @@ def test_bench_on_photographs_measures_what_trained_gates_decide() -> None:
         (("bench", DYNAMIC, "--method", "none"), "leave --method"),
         (("doctor", "resnet20", "--method", "none"), "has no gates"),
         (("doctor", "--density", "0.5"), "give a MODEL"),
+        (("doctor", "--threads", "2"), "give a MODEL"),
     ],
 )
 def test_errors_are_one_line(

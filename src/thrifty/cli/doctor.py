@@ -24,7 +24,7 @@ def run(
     image: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels, as in `bench`.")] = None,
     method: MeasuredMethod = None,
     density: Annotated[float | None, typer.Option(help="Share of channels kept, in (0, 1].")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of the engine.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the engine, 1 unless told.")] = None,
     as_json: Json = False,
 ) -> None:
     """Versions, CPU, instruction set in use, which extras are there, and how to get what is missing.
@@ -33,10 +33,10 @@ def run(
     cost more than they save, each with what to do about it.
     """
     if model is not None:
-        _diagnose(model, image, method, density, threads, as_json)
+        _diagnose(model, image, method, density, threads or 1, as_json)
         return
-    if image is not None or method is not None or density is not None:
-        raise ThriftyError("--image, --method and --density are for a model's diagnosis: give a MODEL too.")
+    if any(given is not None for given in (image, method, density, threads)):
+        raise ThriftyError("--image, --method, --density and --threads are for a model's diagnosis: give a MODEL too.")
     report = examine()
     if as_json:
         print_json(report)
