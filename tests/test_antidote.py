@@ -22,6 +22,7 @@ from thrifty.converter import convert
 from thrifty.dynamic import Dynamic, decisions
 from thrifty.errors import LoweringError, ThriftyError
 from thrifty.gates import MaskedConv
+from thrifty.lowering import lower
 from thrifty.macs import count_macs
 from thrifty.methods.antidote import AntiDote, AttentionGate
 from thrifty.zoo.resolve import build_net
@@ -151,6 +152,19 @@ def test_nothing_pruned_is_the_dense_model(style: str) -> None:
     torch.testing.assert_close(dynamic(x), model(x), rtol=0, atol=0)
     assert torch.equal(count_macs(dynamic, x).total, count_macs(model, x).total)
     assert all(d.channels is None and d.columns is None for d in decisions(dynamic, x).values())
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2", "densenet121"])
+def test_pruned_convolutions_are_fused_like_dense_ones(name: str) -> None:
+    """All of their outputs are computed: normalisation, residual sum and activation belong to them as before."""
+    x = torch.randn(1, 3, 32, 32)
+    with no_initialisation():
+        model = randomise(build_net(name), x).eval()
+    dynamic = convert(model, AntiDote(channels=0.5, columns=0.5), x)
+    programs = [lower(each, x) for each in (model, dynamic)]
+    kinds = [[operator.kind for operator in program.operators] for program in programs]
+    assert any(operator.gated for operator in programs[1].operators)
+    assert kinds[1] == kinds[0]
 
 
 @pytest.mark.parametrize("style", PRUNABLE)

@@ -181,8 +181,8 @@ class _Fusion:
             return None
         if before.kind == "affine":
             return _joined(before, scale, shift)
-        if shift is not None and "gate" in before.attributes:
-            return None  # skipped channels would have to become the shift
+        if shift is not None and before.attributes.get("gate", "attention") != "attention":
+            return None  # channels that its gate skips would have to become the shift; attention skips inputs
         before.tensors["weight"] = _scaled(before.tensors["weight"], scale)
         before.tensors["bias"] = _scaled(before.tensors["bias"], scale, shift)
         return before
