@@ -25,6 +25,7 @@ from thrifty.gates import MaskedConv
 from thrifty.lowering import lower
 from thrifty.macs import count_macs
 from thrifty.methods.antidote import AntiDote, AttentionGate
+from thrifty.methods.fbs import FBS
 from thrifty.zoo.resolve import build_net
 
 PRUNABLE = ("Functional", "Residual", "Concat", "SqueezeExcite", "GroupedShuffle", "NoNorm")
@@ -333,12 +334,28 @@ def test_ratios_by_stage_and_by_name() -> None:
         convert(build_net("resnet20").eval(), AntiDote(channels={"layer9.*": 0.1}), x)
 
 
+def test_shares_of_both_axes_are_set_together_or_not_at_all() -> None:
+    dynamic, model, x = network("Residual")
+    dynamic.set_density(np.float32(0.5), columns={"*": 0.25})
+    before = dynamic.state_dict()
+    kept = {(int(g.kept_channels) / g.channels, int(g.kept_columns) / g.positions) for g in dynamic.gates().values()}
+    assert kept == {(0.5, 0.25)}
+    for wrong in ({"density": 0.4, "columns": {"nowhere": 0.5}}, {"density": 2.0, "columns": 0.5}):
+        with pytest.raises(ThriftyError):
+            dynamic.set_density(**wrong)
+    assert all(torch.equal(dynamic.state_dict()[key], value) for key, value in before.items())
+    with pytest.raises(ThriftyError, match="fbs skips no columns"):
+        convert(model, FBS(), x).set_density(columns=0.5)
+    with pytest.raises(ThriftyError, match="no layer is gated"):
+        convert(model, AntiDote(channels=0.0, columns=0.0), x).set_density(0.5)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
         {"channels": 1.0}, {"channels": -0.1}, {"columns": (0.1, 2.0)}, {"channels": {"a": 1.0}}, {"criterion": "loud"},
         {"dropout": "all"}, {"schedule": "cosine"}, {"step": 0}, {"start": 1.0}, {"ascent": (0.5, 0.1)},
-        {"columns": True},
+        {"columns": True}, {"sparsity": -1.0}, {"sparsity": float("nan")},
     ],
 )  # fmt: skip
 def test_settings_are_checked(wrong: dict[str, Any]) -> None:
@@ -361,8 +378,7 @@ def test_copies_files_and_export() -> None:
 def test_weights_bring_the_axes_that_they_prune(axis: str) -> None:
     ratios = {"channels": 0.0, "columns": 0.0} | {axis: 0.5}
     dynamic, _, x = network("Residual", **ratios)
-    dynamic.method.set_density(dynamic, 0.4)
-    dynamic.method.set_column_density(dynamic, 0.6)
+    dynamic.set_density(0.4, columns=0.6)
     fresh, _, _ = network("Residual", **ratios)
     fresh.load_state_dict(dynamic.state_dict())
     assert torch.equal(fresh(x), dynamic(x))

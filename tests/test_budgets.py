@@ -68,12 +68,12 @@ def test_strength_zero_is_the_dense_model(method: MethodConfig) -> None:
 def test_wrong_budgets() -> None:
     dynamic, model, x = network(METHODS[0])
     before = count_macs(dynamic, x).mean
-    with pytest.raises(ThriftyError, match="at least, more than the budget"):
+    with pytest.raises(ThriftyError, match="at least, at its full strength: more than the budget"):
         set_budget(dynamic, 0.01, x)
     assert count_macs(dynamic, x).mean == before
-    for images, percentile in ((x, 950), (x[:, :1], None)):
+    for images, percentile in ((x, 950), (x, "most"), (x[:, :1], None), (None, None), (3, None)):
         with pytest.raises(ThriftyError):
-            set_budget(dynamic, 0.6, images, percentile)
+            set_budget(dynamic, 0.6, images, percentile)  # type: ignore[arg-type]
         assert count_macs(dynamic, x).mean == before
     with pytest.raises(ThriftyError, match="dense model"):
         set_budget(model, 0.5, x)  # type: ignore[arg-type]

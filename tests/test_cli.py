@@ -78,6 +78,7 @@ def test_version() -> None:
         (("tune", FBS_MODEL, "--target-macs", "0.5"), 1, "needs a root directory"),
         (("tune", FBS_MODEL, "--target-macs", "0.5", "--axis", "rows"), 1, "--axis is 'rows'"),
         (("tune", FBS_MODEL, "--target-macs", "0.5", "--axis", "both", "--root", FOLDER), 1, "does not prune columns"),
+        (("tune", FBS_MODEL, "--target-macs", "0.5", "--ratios", "1.5", "--root", FOLDER), 1, "a ratio is 1.5"),
         (("tune", FBS_MODEL, "--target-macs", "0.5", "--by", "row"), 1, "by 'row'"),
         (("tune", FBS_MODEL, "--target-macs", "0.5", "--method", "antidote"), 1, "dynamic already, by fbs"),
         (("tune", DENSE_MODEL, "--target-macs", "0.5"), 1, "give --method antidote"),
@@ -327,6 +328,9 @@ def test_tune_proposes_ratios_and_draws_curves(tmp_path: Path) -> None:
     directory = tmp_path / "runs" / f"tune-{DENSE_MODEL}-antidote"
     assert sorted(path.name for path in directory.iterdir()) == ["sensitivity.csv", "sensitivity.png"]
     assert len((directory / "sensitivity.csv").read_text().splitlines()) == 1 + 3 * 2
+    assert "out of reach" not in text
+    text = output("tune", DENSE_MODEL, "--method", "antidote", "--target-macs", "0.2", *arguments, cwd=tmp_path)
+    assert "out of reach with all that was tried: give higher --ratios" in text
     out = tmp_path / "out"
     report = json.loads(
         output("tune", FBS_MODEL, "--target-macs", "0.6", *arguments, "--by", "layer", "--output", str(out), "--json")

@@ -353,6 +353,8 @@ def test_decisions_that_do_not_fit_are_named() -> None:
         ({"conv0": good["conv1"]}, "no gated layer"),
         ({"conv1": Decision(channels=np.ones((3, 32), bool))}, r"\[3, 32\], but must be bool \[2, 32\]"),
         ({"conv1": Decision(layer=np.ones(2, bool))}, "says layer, but its gate decides on channels"),
+        ({"conv1": 5}, "must be a mapping"),
+        ([1], "must be a mapping"),
     ):
         with pytest.raises(ThriftyError, match=message):
             engine.trace(x, decisions)

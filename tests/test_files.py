@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from thrifty.errors import ThriftyError
-from thrifty.files import clear_partial, replacing, sha256, write_text
+from thrifty.files import clear_partial, make_directory, replacing, sha256, write_text
 
 
 def names(directory) -> list[str]:
@@ -106,10 +106,19 @@ def test_a_file_that_grows_too_large_is_one_error(tmp_path):
 def test_places_that_cannot_be_written(tmp_path, place):
     (tmp_path / "file").write_text("a file")
     (tmp_path / "directory").mkdir()
-    with pytest.raises(ThriftyError, match=f"cannot write .*{place}"):
+    with pytest.raises(ThriftyError, match=f"cannot write .*{place}.*\\. Choose another place"):
         write_text(tmp_path / place, "text")
     assert names(tmp_path) == ["directory", "file"]
     assert not names(tmp_path / "directory")
+
+
+def test_directories_are_made_or_the_reason_is_told(tmp_path):
+    for _ in range(2):
+        make_directory(tmp_path / "a" / "b")
+    write_text(tmp_path / "a" / "file", "text")
+    for place in ("file", "file/below"):
+        with pytest.raises(ThriftyError, match=r"cannot make the directory .*Choose another place"):
+            make_directory(tmp_path / "a" / place)
 
 
 def test_permissions_are_those_of_the_old_file_or_the_usual_ones(tmp_path):

@@ -21,7 +21,7 @@ from thrifty.converter import convert
 from thrifty.dynamic import Dynamic, decisions
 from thrifty.errors import DataError, ThriftyError
 from thrifty.macs import count_macs
-from thrifty.methods import FBS, AntiDote, MethodConfig, method_config
+from thrifty.methods import FBS, AntiDote, LCNet, MethodConfig, method_config
 from thrifty.tuning import COUNTED, Row, Sensitivity, groups_of, patterns_of, tune
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -283,6 +283,9 @@ def test_hostile_arguments() -> None:
     with pytest.raises(DataError, match="no photographs"):
         tune(dynamic, [], groups)
     fbs, _, _ = toy("fbs")
+    lcnet = convert(model, LCNet(target=0.5), batches[0][0])
+    with pytest.raises(ThriftyError, match="no ratios to tune"):
+        tune(lcnet, batches, blocks(dynamic))
     with pytest.raises(ThriftyError, match="does not prune columns"):
         tune(fbs, batches, blocks(fbs), axes=("columns",))
     sensitivity = synthetic([[(0.0, 0.1)]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -34,7 +35,7 @@ def set_budget(model: Dynamic, share: float, inputs: Tensor | Iterable[Any], per
             are of another size than the model was converted for, or the share is less than the model costs at its full
             strength; it stays as it was.
     """
-    if percentile is not None and not 0 <= percentile <= 100:
+    if percentile is not None and not (isinstance(percentile, Real) and 0 <= percentile <= 100):
         raise ThriftyError(f"percentile is {percentile!r}, but must be in [0, 100].")
     if not isinstance(model, Dynamic):
         raise ThriftyError(f"{type(model).__name__} is a dense model and has no budget. Convert it first.")
@@ -42,6 +43,8 @@ def set_budget(model: Dynamic, share: float, inputs: Tensor | Iterable[Any], per
         raise ThriftyError(f"no layer of this {type(model).__name__} is gated: its `conversion` says why.")
     if isinstance(inputs, Iterator):
         raise ThriftyError("inputs are read repeatedly: give a list or a loader, not an iterator.")
+    if not isinstance(inputs, (Tensor, Iterable)):
+        raise ThriftyError(f"inputs is {type(inputs).__name__}, but must be images, or a list or loader of batches.")
     dense = model.conversion.total_macs
     buffers = [buffer for gate in model.gates().values() for buffer in gate.buffers()]
     before = [buffer.clone() for buffer in buffers]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from numbers import Real
 
 from thrifty.errors import ThriftyError
 
@@ -14,7 +15,7 @@ Density = float | Mapping[str, float]
 
 def check_density(density: float) -> float:
     """`density` as a float, or an error where it is not in (0, 1]."""
-    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
+    if isinstance(density, bool) or not isinstance(density, Real) or not 0 < density <= 1:
         raise ThriftyError(f"density is {density!r}, but must be a number in (0, 1].")
     return float(density)
 
@@ -39,10 +40,12 @@ def densities_of(density: Density, names: Iterable[str]) -> dict[str, float]:
     """The density of each of the gated layers `names` that it says one for.
 
     Raises:
-        ThriftyError: a value is no density, or a pattern fits none of the layers.
+        ThriftyError: a value is no density, a pattern fits none of the layers, or there are none.
     """
     names = tuple(names)
     check_patterns(density, names)
+    if not names:
+        raise ThriftyError("no layer is gated, so that none has a density: the model's `conversion` says why.")
     found = {name: density_for(density, name) for name in names}
     return {name: value for name, value in found.items() if value is not None}
 

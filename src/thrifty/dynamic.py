@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from thrifty.decision import Decision
+from thrifty.density import Density, check_patterns
 from thrifty.errors import ThriftyError
 from thrifty.gates import Gate, LayerGate, gates_of
 
@@ -33,9 +34,27 @@ class Dynamic(nn.Module):
         """The method's loss term for the latest forward pass in training mode, a scalar; add it to your loss."""
         return self.method.regularization(self)
 
-    def set_density(self, density: float | Mapping[str, float]) -> None:
-        """Change the share of channels that is kept, in (0, 1]: one number, or by name of the layer."""
-        self.method.set_density(self, density)
+    def set_density(self, density: Density | None = None, columns: Density | None = None) -> None:
+        """Change the shares that are kept.
+
+        Args:
+            density: of channels, in (0, 1]: one number, or by pattern of the layers' names. None: nothing changes.
+            columns: of positions, likewise, where the method skips any.
+
+        Raises:
+            ThriftyError: a share is out of range, a pattern fits no gated layer, none is gated, or the method keeps no
+                such shares; everything stays as it was.
+        """
+        for shares in (density, columns):
+            if shares is not None:
+                check_patterns(shares, self.gates())
+        if columns is not None:
+            method: Any = self.method
+            if not hasattr(method, "set_column_density"):
+                raise ThriftyError(f"{method.name} skips no columns, so that they have no density.")
+            method.set_column_density(self, columns)
+        if density is not None:
+            self.method.set_density(self, density)
 
     @property
     def density(self) -> float:

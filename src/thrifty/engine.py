@@ -220,7 +220,8 @@ class Engine:
         """Prune as much as it takes to cost at most `share` of the dense MACs, for calls that begin after.
 
         Made for models that were trained for all budgets, or whose gates have thresholds. Shares are put between 1 and
-        what the engine was made with, all at the same part of the way; thresholds between theirs and 1.
+        what the engine was made with, all at the same part of the way; thresholds between theirs and 1. So a model
+        whose budget has been set is compiled for that much pruning at most: put it to its least budget before.
 
         Args:
             share: mean executed MACs over those of the dense network, in (0, 1], gates included.
@@ -235,7 +236,8 @@ class Engine:
         """
         if not self._gates:
             raise ThriftyError("the program has no gates whose budget could be set.")
-        if not len(x):
+        images, _ = self._images(x)
+        if not len(images):
             raise ThriftyError("there are no images to measure the cost on. Give at least one.")
         dense = sum(self._program.macs().values())
         before = {place: self._native.settings(place) for place in self._gates.values()}
@@ -246,7 +248,7 @@ class Engine:
             return float(self.trace(x).macs.mean()) / dense
 
         try:
-            return find_strength(cost, share)
+            return find_strength(cost, share, "at the strength that it was compiled or saved with")
         except BaseException:
             for place, settings in before.items():
                 for setting, value in settings.items():
@@ -374,6 +376,8 @@ class Engine:
 
     def _forced(self, decisions: Mapping[str, Decision], count: int) -> dict[int, tuple[Array | None, ...]]:
         program = self.program
+        if not isinstance(decisions, Mapping) or not all(isinstance(each, Decision) for each in decisions.values()):
+            raise ThriftyError("decisions must be a mapping of gates' names to thrifty.Decision.")
         forced = {}
         for name, decision in decisions.items():
             if name not in self._gates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
@@ -13,6 +14,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from thrifty.errors import ThriftyError
+
+ELSEWHERE = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS}
+"""Errors of writing that no free space mends."""
 
 
 @contextmanager
@@ -37,10 +41,23 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         reason = getattr(error, "strerror", None) or str(error)
-        raise ThriftyError(f"cannot write {path}: {reason}. Free some space or choose another place.") from error
+        advice = "Choose" if getattr(error, "errno", None) in ELSEWHERE else "Free some space or choose"
+        raise ThriftyError(f"cannot write {path}: {reason}. {advice} another place.") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def make_directory(path: str | Path) -> None:
+    """Make the directory `path`, and those that it is in, where they are not there yet.
+
+    Raises:
+        ThriftyError: it cannot be made, or a file has its name.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ThriftyError(f"cannot make the directory {path}: {error.strerror}. Choose another place.") from error
 
 
 def clear_partial(path: str | Path) -> None:

@@ -13,12 +13,13 @@ HIGHEST_THRESHOLD = 1 - 2**-20
 """Of scores, which is where strength 1 puts it."""
 
 
-def find_strength(cost: Callable[[float], float], share: float) -> float:
+def find_strength(cost: Callable[[float], float], share: float, full: str = "at its full strength") -> float:
     """Call `cost` last at the lowest strength in [0, 1] at which it is at most `share`, and return that cost.
 
     Args:
         cost: takes a strength, sets it, and returns the share of the dense MACs that it leaves; falls with strength.
         share: of the dense MACs, in (0, 1].
+        full: where strength 1 is, for the error.
 
     Raises:
         ThriftyError: the share is out of range, or at strength 1 it still costs more.
@@ -30,7 +31,9 @@ def find_strength(cost: Callable[[float], float], share: float) -> float:
         return reached
     least = cost(1.0)
     if least > share:
-        raise ThriftyError(f"the model costs {least:.3f} of its dense MACs at least, more than the budget of {share}.")
+        raise ThriftyError(
+            f"the model costs {least:.3f} of its dense MACs at least, {full}: more than the budget of {share}."
+        )
     low, high = 0.0, 1.0
     for _ in range(HALVINGS):
         middle = (low + high) / 2

@@ -27,6 +27,8 @@ from thrifty.evaluation import accuracy
 from thrifty.files import replacing
 from thrifty.gates import GatedConv, LayerGate, MaskedConv, layer_names
 from thrifty.macs import count_macs
+from thrifty.methods import MethodConfig
+from thrifty.methods.budget import BudgetConfig
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Shares pruned that a sweep tries if not told otherwise."""
@@ -283,13 +285,8 @@ def tune(
     """
     if not isinstance(dynamic, Dynamic):
         raise ThriftyError(f"{type(dynamic).__name__} is a dense model, which has nothing to tune. Convert it first.")
-    _check_axes(dynamic, axes)
+    check_sweep(dynamic.method, ratios, axes)
     _check_groups(dynamic, groups)
-    if not ratios:
-        raise ThriftyError("there are no ratios to try. Give at least one, in (0, 1).")
-    for ratio in ratios:
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
-            raise ThriftyError(f"a ratio is {ratio!r}, but must be a number in (0, 1).")
     model = copy.deepcopy(dynamic)
     held = list(batches) if iter(batches) is batches else batches  # what can be read once only
     sample = _first(held, COUNTED)
@@ -352,13 +349,28 @@ def groups_of(dynamic: Dynamic, example: Tensor, by: By = "stage") -> dict[str, 
     return groups
 
 
+def check_sweep(method: MethodConfig, ratios: Sequence[float], axes: Sequence[str]) -> None:
+    """The method must prune by ratios and on each of the axes; there must be ratios, all in (0, 1)."""
+    if not axes or not set(axes) <= set(SETTERS):
+        raise ThriftyError(f"axes are {', '.join(axes) or 'missing'}; choose of: {', '.join(SETTERS)}.")
+    if isinstance(method, BudgetConfig):
+        raise ThriftyError(f"{method.name} has no ratios to tune: it learns what to skip. Take antidote or fbs.")
+    for axis in axes:
+        if not hasattr(method, SETTERS[axis]):
+            raise ThriftyError(f"{method.name} does not prune {axis}. Tune its channels.")
+    if not ratios:
+        raise ThriftyError("there are no ratios to try. Give at least one, in (0, 1).")
+    for ratio in ratios:
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
+            raise ThriftyError(f"a ratio is {ratio!r}, but must be a number in (0, 1).")
+
+
 def check_goal(target: float, floor: float) -> None:
     """The target must be in (0, 1], the floor in [0, 1]."""
-    for name, value in (("target", target), ("floor", floor)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise ThriftyError(f"the {name} is {value!r}, but must be a number in [0, 1].")
-    if not target:
-        raise ThriftyError("the target is 0, but must be a share of the dense model's MACs in (0, 1].")
+    if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target <= 1:
+        raise ThriftyError(f"the target is {target!r}, but must be a share of the dense model's MACs in (0, 1].")
+    if isinstance(floor, bool) or not isinstance(floor, (int, float)) or not 0 <= floor <= 1:
+        raise ThriftyError(f"the floor is {floor!r}, but must be a number in [0, 1].")
 
 
 def patterns_of(names: Sequence[str], others: Iterable[str]) -> tuple[str, ...]:
@@ -456,14 +468,6 @@ def _first(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Tensor:
     if not sum(map(len, parts)):
         raise DataError("there are no photographs to tune on.")
     return torch.cat(parts)[:count]
-
-
-def _check_axes(dynamic: Dynamic, axes: Sequence[str]) -> None:
-    if not axes or not set(axes) <= set(SETTERS):
-        raise ThriftyError(f"axes are {', '.join(axes) or 'missing'}; choose of: {', '.join(SETTERS)}.")
-    for axis in axes:
-        if not hasattr(dynamic.method, SETTERS[axis]):
-            raise ThriftyError(f"{dynamic.method.name} does not prune {axis}. Tune its channels.")
 
 
 def _check_groups(dynamic: Dynamic, groups: Mapping[str, Sequence[str]]) -> None:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thrifty.cli.options import Json, MeasuredMethod, MethodSettings, Several, picture_files, settings_of
+from thrifty.cli.options import (
+    Json,
+    MeasuredMethod,
+    MethodSettings,
+    Several,
+    check_has_density,
+    picture_files,
+    settings_of,
+)
 from thrifty.cli.output import console, millions, number, print_json, table
 from thrifty.errors import ThriftyError, require
 from thrifty.files import replacing
@@ -84,6 +92,8 @@ def run(
     bench.check_peers(wanted)
     files = None if photographs is None else _files(photographs)
     batches = batch or [1]
+    if density:
+        check_has_density(method)
     settings = settings_of(changes or ())
     subjects = [
         find_subject(name, image, method, where or (), images=max(IMAGES, *batches), settings=settings)

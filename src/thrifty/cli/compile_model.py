@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thrifty.cli.options import Density, open_model
+from thrifty.cli.options import Density, MethodSettings, check_has_density, open_model, settings_of
 from thrifty.cli.output import console
 from thrifty.errors import ThriftyError
 from thrifty.onnx_export import save_onnx
@@ -36,8 +36,9 @@ def run(
         int | None, typer.Option(min=1, help="Of a network: height and width in pixels; 32 for the zoo's, else 224.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="Of a network: make it dynamic first, with random gates: fbs.")
+        str | None, typer.Option(help="Of a network: make it dynamic first, with random gates: fbs, antidote …")
     ] = None,
+    changes: MethodSettings = None,
     density: Density = None,
     show: Annotated[bool, typer.Option("--show", help="Print the program.")] = False,
 ) -> None:
@@ -48,13 +49,13 @@ def run(
     if output.suffix not in {".thrifty", ONNX}:
         raise ThriftyError(f"the output is {output}, but must end in .thrifty or {ONNX}.")
     if _is_trained(model):
-        if image is not None or method is not None:
-            raise ThriftyError(f"{model} is a trained model as it is: leave --image and --method out.")
+        if image is not None or method is not None or changes:
+            raise ThriftyError(f"{model} is a trained model as it is: leave --image, --method and --set out.")
         program = _trained(model, net, density)
     else:
         if net is not None:
             raise ThriftyError(f"{model} is a network itself: leave --net out.")
-        program = _network(model, image, method, density)
+        program = _network(model, image, method, density, settings_of(changes or ()))
     (save_onnx if output.suffix == ONNX else save_program)(program, output)
     lines = str(program).splitlines()
     for line in lines if show else lines[-1:]:
@@ -75,13 +76,19 @@ def _trained(model: str, net: str | None, density: float | None) -> Program:
     return program_of(*open_model(model, net, density))
 
 
-def _network(model: str, image: int | None, method: str | None, density: float | None) -> Program:
+def _network(
+    model: str, image: int | None, method: str | None, density: float | None, settings: dict[str, Any]
+) -> Program:
     from thrifty.benchmarking.subjects import find_subject  # noqa: PLC0415
     from thrifty.methods import METHODS  # noqa: PLC0415
 
-    if density is not None and method in {None, "none"}:
-        raise ThriftyError(f"--density was given, but {model} is a dense network. Give --method fbs too.")
-    if density is not None and method in METHODS and not hasattr(METHODS[method], "density"):
-        raise ThriftyError(f"--density was given, but {method} has none: it takes settings of its own.")
-    subject = find_subject(model, image, method or "none", density=0.5 if density is None else density)
+    if (density is not None or settings) and method in {None, "none"}:
+        raise ThriftyError(f"--density or --set was given, but {model} is a dense network. Give --method fbs too.")
+    if density is not None:
+        check_has_density(method)
+    if density is not None and (settings or (method in METHODS and not hasattr(METHODS[method], "density"))):
+        raise ThriftyError(f"--density was given, but {method} takes settings of its own here: give --set key=value.")
+    subject = find_subject(
+        model, image, method or "none", density=0.5 if density is None else density, settings=settings
+    )
     return subject.dense if subject.dynamic is None else subject.dynamic

@@ -10,7 +10,7 @@ import typer
 
 import thrifty
 from thrifty import machine
-from thrifty.cli.options import Json, MeasuredMethod
+from thrifty.cli.options import Json, MeasuredMethod, MethodSettings, check_has_density, settings_of
 from thrifty.cli.output import console, millions, number, print_json, table
 from thrifty.errors import ThriftyError
 
@@ -23,6 +23,7 @@ def run(
     ] = None,
     image: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels, as in `bench`.")] = None,
     method: MeasuredMethod = None,
+    changes: MethodSettings = None,
     density: Annotated[float | None, typer.Option(help="Share of channels kept, in (0, 1].")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the engine, 1 unless told.")] = None,
     as_json: Json = False,
@@ -33,10 +34,10 @@ def run(
     cost more than they save, each with what to do about it.
     """
     if model is not None:
-        _diagnose(model, image, method, density, threads or 1, as_json)
+        _diagnose(model, image, method, settings_of(changes or ()), density, threads or 1, as_json)
         return
-    if any(given is not None for given in (image, method, density, threads)):
-        raise ThriftyError("--image, --method, --density and --threads are for a model's diagnosis: give a MODEL too.")
+    if any(given is not None for given in (image, method, changes, density, threads)):
+        raise ThriftyError("these options are for a model's diagnosis: give a MODEL too.")
     report = examine()
     if as_json:
         print_json(report)
@@ -78,12 +79,20 @@ def _text(value: Any) -> str:
 
 
 def _diagnose(
-    model: str, image: int | None, method: str | None, density: float | None, threads: int, as_json: bool
+    model: str,
+    image: int | None,
+    method: str | None,
+    settings: dict[str, Any],
+    density: float | None,
+    threads: int,
+    as_json: bool,
 ) -> None:
     from thrifty.benchmarking.diagnosis import diagnose  # noqa: PLC0415 (needs the native part)
     from thrifty.benchmarking.subjects import find_subject  # noqa: PLC0415
 
-    subject = find_subject(model, image, method, density=0.5 if density is None else density)
+    if density is not None:
+        check_has_density(method)
+    subject = find_subject(model, image, method, density=0.5 if density is None else density, settings=settings)
     found = diagnose(subject, density, threads)
     if as_json:
         values = {

@@ -111,6 +111,17 @@ def settings_of(changes: Iterable[str]) -> dict[str, Any]:
     return settings
 
 
+def check_has_density(method: str | None) -> None:
+    """An error, before anything takes long, where a density was given for a method that learns how much to skip."""
+    if method in {None, "none"}:
+        return
+    from thrifty.methods import METHODS, MethodConfig  # noqa: PLC0415 (needs the extra torch)
+    from thrifty.methods.budget import BudgetConfig  # noqa: PLC0415
+
+    if issubclass(METHODS.get(str(method), MethodConfig), BudgetConfig):
+        raise ThriftyError(f"--density was given, but {method} learns how much to skip: give --set target=SHARE.")
+
+
 def picture_files(pictures: Iterable[Path]) -> list[Path]:
     """The files given, and those with the suffix of a picture in the folders given, however deep.
 

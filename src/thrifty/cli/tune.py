@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from thrifty.cli.options import Json, Model, Net, Several, Threads, model_name, open_model, photographs, set_threads
 from thrifty.cli.output import console, millions, percent, print_json, table
 from thrifty.errors import DataError, ThriftyError, require
+from thrifty.files import make_directory
 
 if TYPE_CHECKING:
     from thrifty.data.images import ImageSet
@@ -70,21 +71,23 @@ def run(
 
     from thrifty.data.loader import EvaluationLoader  # noqa: PLC0415
     from thrifty.evaluation import evaluate  # noqa: PLC0415
-    from thrifty.tuning import RATIOS, check_goal, groups_of, tune  # noqa: PLC0415
+    from thrifty.tuning import RATIOS, check_goal, check_sweep, groups_of, tune  # noqa: PLC0415
 
     check_goal(target, floor)
+    tried = tuple(ratios or RATIOS)
     dynamic, card = _dynamic(model, net, method, AXES[axis])
+    check_sweep(dynamic.method, tried, AXES[axis])
     groups = groups_of(dynamic, torch.zeros(1, 3, card.size, card.size), by)  # type: ignore[arg-type]
+    directory = output if output is not None else Path("runs") / f"tune-{model_name(model)}-{dynamic.method.name}"
     held = _held_out(photographs(card, data, root, "train", in_memory=False).images, images)
     loader = EvaluationLoader(held, card.mean, card.std)
-    tried = tuple(ratios or RATIOS)
+    make_directory(directory)  # before the sweep, which takes long
     points = len(AXES[axis]) * len(groups) * len(set(tried))
     with _Bar(points) as bar:
         sensitivity = tune(dynamic, loader, groups, tried, AXES[axis], lambda _: bar.step())
     proposal = sensitivity.propose(target, floor)
     proposal.apply(dynamic)
     measured = evaluate(dynamic, loader)
-    directory = output if output is not None else Path("runs") / f"tune-{model_name(model)}-{dynamic.method.name}"
     sensitivity.to_csv(directory / "sensitivity.csv")
     sensitivity.plot(directory / "sensitivity.png", proposal)
     if as_json:
@@ -199,10 +202,15 @@ def _print(
     ]
     if not proposal.reached:
         target, floor = goal
-        lines.append(
-            f"the target of {percent(target)} is out of reach without a predicted loss above {100 * floor:g} points: "
-            "raise --floor (training recovers much of it), or prune more layers or axes"
-        )
+        highest = max(row.ratio for row in sensitivity.rows)
+        if all(proposal.chosen.get(knob) == highest for knob in sensitivity.curves()):
+            reason = "with all that was tried: give higher --ratios, or prune more layers or axes"
+        else:
+            reason = (
+                f"without a predicted loss above {100 * floor:g} points: raise --floor (training recovers much of it), "
+                "or prune more layers or axes"
+            )
+        lines.append(f"the target of {percent(target)} is out of reach {reason}")
     lines += [proposal.recipe, f"curves: {directory / 'sensitivity.png'}, {directory / 'sensitivity.csv'}"]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
