@@ -1,8 +1,9 @@
 """Put a finished run's weights, program and record into the zoo. The test photographs are looked at here, and once.
 
-Usage: python scripts/release.py RUN --root DATA [--name NAME]
+Usage: python scripts/release.py RUN --root DATA [--name NAME] [--half]
 RUN is the directory of a finished `thrifty train`; DATA holds test/<class>/*.jpg, and train/<class>/*.jpg, of which the
-part that was held out of training shows what models reach that can be set to several budgets.
+part that was held out of training shows what models reach that can be set to several budgets. With --half filters and
+matrices are rounded to float16, as which they ship, before anything is measured.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from thrifty.train.recipe import Recipe
 from thrifty.zoo.compilation import compile_record
 from thrifty.zoo.nets import build
 from thrifty.zoo.records import WEIGHTS, Record, records
-from thrifty.zoo.store import load_model
+from thrifty.zoo.store import load_model, save_model
 
 DESCRIPTION = (
     "CIFAR-10 with the standard split, as JPEG of quality 75 with subsampled chroma: figures lie a little under "
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--name")
+    parser.add_argument("--half", action="store_true")
     arguments = parser.parse_args()
     recipe = yaml.safe_load((arguments.run / "recipe.yaml").read_text(encoding="utf-8"))
     name = arguments.name or recipe["name"]
@@ -60,6 +62,10 @@ def main() -> None:
         raise ThriftyError(f"{arguments.run} was trained on other files than the zoo's, or held none out.")
     lineage, epochs = _lineage(recipe)
     source = arguments.run / "model.safetensors"
+    if arguments.half:
+        model, card = load_model(source)
+        source = arguments.run / "model-half.safetensors"
+        save_model(source, model, card, half=True)
     model, card = load_model(source)
     loader = photographs(card, "folder", arguments.root)
     result = evaluate(model, loader)

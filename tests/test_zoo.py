@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from safetensors.numpy import load_file
 from torch import nn
 
 import thrifty
 from thrifty.data import sources
 from thrifty.data.loader import EvaluationLoader
+from thrifty.engine import Engine
 from thrifty.errors import CheckpointError, ThriftyError
 from thrifty.files import sha256
+from thrifty.program_file import load_program, save_program
 from thrifty.train.recipe import load_recipe, shipped_recipes
 from thrifty.zoo import store
 from thrifty.zoo.compilation import program_of
@@ -160,6 +163,29 @@ def test_a_model_survives_the_file(tmp_path: Path) -> None:
     loaded, card = load_model(path)
     assert torch.equal(loaded(x), dynamic.eval()(x))
     assert loaded.method == method
+
+
+def test_filters_and_matrices_may_be_stored_in_half_the_size(tmp_path: Path) -> None:
+    model = thrifty.convert(build("resnet20"), thrifty.AntiDote(channels=0.5), torch.zeros(1, 3, 32, 32))
+    settings = json.loads(json.dumps(model.method.settings()))
+    card = ModelCard(**{**CARD.__dict__, "method": settings})
+    whole, path = tmp_path / "whole.safetensors", tmp_path / "half.safetensors"
+    save_model(whole, model, card)
+    save_model(path, model, card, half=True)
+    assert path.stat().st_size < 0.6 * whole.stat().st_size
+    loaded, _ = load_model(path)
+    for name, tensor in model.state_dict().items():
+        expected = tensor.half().to(tensor.dtype) if tensor.ndim > 1 else tensor
+        found = loaded.state_dict()[name]
+        assert found.dtype == tensor.dtype
+        assert torch.equal(found, expected)
+    program = program_of(loaded, card)
+    beside = tmp_path / "p.thrifty"
+    save_program(program, beside, load_file(path))
+    assert beside.stat().st_size < 0.1 * path.stat().st_size
+    x = torch.randn(2, 3, 32, 32)
+    answers = [Engine(each)(x) for each in (program, load_program(beside, path))]
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-5)
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:

@@ -186,7 +186,8 @@ def _scaled(sources: Any, scales: Mapping[str, Any], path: Path, weights: str | 
     with safe_open(weights, "numpy") as file:
         for name, source in sources.items():
             scale, tensor = scales[name], file.get_tensor(source)
-            if scale.dtype != np.float64 or scale.shape != tensor.shape[:1] or tensor.dtype != np.float32:
+            kinds = (np.float16, np.float32)
+            if scale.dtype != np.float64 or scale.shape != tensor.shape[:1] or tensor.dtype not in kinds:
                 raise ProgramError(f"the scales of {name} do not fit {source} in {weights}.")
             found[name] = (tensor * scale.reshape(-1, *[1] * (tensor.ndim - 1))).astype(np.float32)
     return found

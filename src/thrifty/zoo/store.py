@@ -45,9 +45,20 @@ class ModelCard:
     std: tuple[float, float, float]
 
 
-def save_model(path: str | Path, model: nn.Module, card: ModelCard) -> None:
-    """Write a model's weights and card to one safetensors file, in one step."""
+def save_model(path: str | Path, model: nn.Module, card: ModelCard, half: bool = False) -> None:
+    """Write a model's weights and card to one safetensors file, in one step.
+
+    Args:
+        path: of the file.
+        model: dense or dynamic.
+        card: what the file says of it.
+        half: write filters and matrices in float16, half the size; a model that is read from the file has them rounded.
+    """
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    if half:
+        tensors |= {
+            name: tensor.half() for name, tensor in tensors.items() if tensor.ndim > 1 and tensor.is_floating_point()
+        }
     metadata = {"thrifty-model": json.dumps({"format": FORMAT, **asdict(card)})}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
