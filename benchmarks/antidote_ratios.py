@@ -23,7 +23,7 @@ STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 TRAINED = "resnet20-cifar10-antidote"
 COMPARED = {
-    "targeted dropout, twenty epochs": TRAINED,
+    "targeted dropout and sparsity, twenty epochs": TRAINED,
     "targeted dropout, six epochs": "resnet20-cifar10-antidote-short",
     "one for all ratios, six epochs": "resnet20-cifar10-antidote-any",
     "random criterion, six epochs": "resnet20-cifar10-antidote-random",
