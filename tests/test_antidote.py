@@ -337,7 +337,7 @@ def test_ratios_by_stage_and_by_name() -> None:
 def test_shares_of_both_axes_are_set_together_or_not_at_all() -> None:
     dynamic, model, x = network("Residual")
     dynamic.set_density(np.float32(0.5), columns={"*": 0.25})
-    before = dynamic.state_dict()
+    before = {key: value.clone() for key, value in dynamic.state_dict().items()}
     kept = {(int(g.kept_channels) / g.channels, int(g.kept_columns) / g.positions) for g in dynamic.gates().values()}
     assert kept == {(0.5, 0.25)}
     for wrong in ({"density": 0.4, "columns": {"nowhere": 0.5}}, {"density": 2.0, "columns": 0.5}):

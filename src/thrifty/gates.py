@@ -169,6 +169,25 @@ class SpreadGate(Gate):
         return torch.ceil(share * of - 1e-9).clamp(min=1).to(torch.int64)
 
 
+class PenalisedGate(Gate):
+    """A gate that adds to the loss.
+
+    Attributes:
+        penalty: what the last pass in training adds, a scalar; None if nothing.
+    """
+
+    penalty: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"penalty": None}  # it belongs to one backward pass and can't be copied
+
+
+def sum_of_penalties(gates: Iterable[PenalisedGate]) -> Tensor:
+    """Of all gates that have one, a scalar; zero if none has."""
+    penalties = [gate.penalty for gate in gates if gate.penalty is not None]
+    return torch.stack(penalties).sum() if penalties else torch.zeros(())
+
+
 class ChannelGate(Gate):
     """Decides which of `channels` output channels of a convolution are computed, and by how much each is scaled.
 

@@ -29,6 +29,8 @@ Since 2: guards, gates that are not 'topk', layer_gate. Since 3: tensors that ar
 KEY = "thrifty-program"
 SMALL = 1024
 """Values of a tensor that is always written whole."""
+KINDS = (np.float16, np.float32)
+"""Types of another file's tensors that may be scaled."""
 MAX_OPERATORS = 100_000
 MAX_TEXT = 1 << 24
 """Characters of the description; what JSON makes of them may take fifty times as many bytes."""
@@ -186,8 +188,7 @@ def _scaled(sources: Any, scales: Mapping[str, Any], path: Path, weights: str | 
     with safe_open(weights, "numpy") as file:
         for name, source in sources.items():
             scale, tensor = scales[name], file.get_tensor(source)
-            kinds = (np.float16, np.float32)
-            if scale.dtype != np.float64 or scale.shape != tensor.shape[:1] or tensor.dtype not in kinds:
+            if scale.dtype != np.float64 or scale.shape != tensor.shape[:1] or tensor.dtype not in KINDS:
                 raise ProgramError(f"the scales of {name} do not fit {source} in {weights}.")
             found[name] = (tensor * scale.reshape(-1, *[1] * (tensor.ndim - 1))).astype(np.float32)
     return found

@@ -86,8 +86,10 @@ def _network(
         raise ThriftyError(f"--density or --set was given, but {model} is a dense network. Give --method fbs too.")
     if density is not None:
         check_has_density(method)
-    if density is not None and (settings or (method in METHODS and not hasattr(METHODS[method], "density"))):
-        raise ThriftyError(f"--density was given, but {method} takes settings of its own here: give --set key=value.")
+        if settings or (method in METHODS and not hasattr(METHODS[method], "density")):
+            raise ThriftyError(
+                f"--density was given, but {method} takes settings of its own here: give --set key=value."
+            )
     subject = find_subject(
         model, image, method or "none", density=0.5 if density is None else density, settings=settings
     )

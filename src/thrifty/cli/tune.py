@@ -102,8 +102,7 @@ def _dynamic(source: str, net: str | None, method: str | None, axes: tuple[str, 
 
     from thrifty.converter import convert  # noqa: PLC0415
     from thrifty.dynamic import Dynamic  # noqa: PLC0415
-    from thrifty.methods import METHODS, MethodConfig, method_config  # noqa: PLC0415
-    from thrifty.methods.budget import BudgetConfig  # noqa: PLC0415
+    from thrifty.methods import METHODS, method_config  # noqa: PLC0415
 
     model, card = open_model(source, net, None)
     if isinstance(model, Dynamic):
@@ -112,9 +111,7 @@ def _dynamic(source: str, net: str | None, method: str | None, axes: tuple[str, 
         return model, card
     if method is None:
         raise ThriftyError(f"{source} is a dense model: give --method antidote or --method fbs.")
-    if issubclass(METHODS.get(method, MethodConfig), BudgetConfig):
-        raise ThriftyError(f"{method} has no ratios to tune: it learns what to skip. Give --method antidote or fbs.")
-    settings: dict[str, Any] = {"density": 1.0}
+    settings: dict[str, Any] = {"density": 1.0} if hasattr(METHODS.get(method), "density") else {}
     if method == "antidote":  # a ratio above zero, or there would be no gates; the sweep sets its own
         settings = {"channels": 0.5, "columns": 0.5 if "columns" in axes else 0.0}
     config = method_config(method, settings)

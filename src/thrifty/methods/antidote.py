@@ -34,7 +34,16 @@ from torch import Tensor, nn
 from thrifty.conversion import Place
 from thrifty.density import Density, check_patterns, densities_of, density_for, kept
 from thrifty.errors import LoweringError, ThriftyError
-from thrifty.gates import InputGate, LoweredGate, MaskedConv, SpreadGate, mean_magnitude, top_k_mask
+from thrifty.gates import (
+    InputGate,
+    LoweredGate,
+    MaskedConv,
+    PenalisedGate,
+    SpreadGate,
+    mean_magnitude,
+    sum_of_penalties,
+    top_k_mask,
+)
 from thrifty.graph import ConvSite, Sites, replace_module
 from thrifty.methods.base import MethodConfig, on_the_way, spread_budgets
 
@@ -133,8 +142,7 @@ class AntiDote(MethodConfig):
 
     def regularization(self, model: Dynamic) -> Tensor:
         """`sparsity` times the shares of attention that the last pass in training dropped; zero where it is 0."""
-        penalties = [gate.penalty for gate in _gates(model).values() if gate.penalty is not None]
-        return self.sparsity * torch.stack(penalties).sum() if penalties else torch.zeros(())
+        return self.sparsity * sum_of_penalties(_gates(model).values())
 
     def set_density(self, model: Dynamic, density: Density) -> None:
         """Change the share of channels kept, 1 - ratio, of all layers or of those that a pattern fits; columns stay."""
@@ -178,14 +186,13 @@ class AntiDote(MethodConfig):
         return "" if self.selects(site.name, site.conv) else "not selected by where="
 
 
-class AttentionGate(InputGate, SpreadGate):
+class AttentionGate(InputGate, SpreadGate, PenalisedGate):
     """Keeps the channels and columns of a map x [N, C, H, W] that have the most attention; ties to the lowest index.
 
     Attributes:
         map_size: positions of the map where it was made, before any pooling.
         target: ratios of channels and columns that training ascends to.
-        sparse: whether it notes in training what it drops.
-        penalty: of the last pass, if so: shares of the attention that it dropped, means over the batch, of both axes.
+        sparse: whether its penalty is the shares of attention that it drops, means over the batch, of both axes.
     """
 
     kept_channels: Tensor
@@ -205,7 +212,6 @@ class AttentionGate(InputGate, SpreadGate):
         self.map_size = self.positions
         self.criterion, self.dropout, self.straight_through = criterion, dropout, straight_through
         self.sparse = sparse
-        self.penalty: Tensor | None = None
         # Tensors, so that they travel with the weights and a change of ratios compiles nothing anew.
         self.register_buffer("kept_channels", torch.tensor(self.channels))
         self.register_buffer("kept_columns", torch.tensor(self.positions))
@@ -280,9 +286,6 @@ class AttentionGate(InputGate, SpreadGate):
         if columns is not None:
             self.by_columns = self.by_columns or columns > 0
             self.kept_columns.fill_(kept(1 - columns, self.positions))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"penalty": None}  # it belongs to one backward pass and can't be copied
 
     @property
     def share(self) -> float:

@@ -34,10 +34,12 @@ from thrifty.gates import (
     ChannelGate,
     LoweredGate,
     Pair,
+    PenalisedGate,
     Predictor,
     SpreadGate,
     mean_magnitude,
     predictor_macs,
+    sum_of_penalties,
     top_k_mask,
 )
 from thrifty.graph import ConvSite, Sites, gate_outputs
@@ -114,8 +116,7 @@ class FBS(MethodConfig):
 
     def regularization(self, model: Dynamic) -> Tensor:
         """l1 times the sum over layers of the batch mean of ||g(x)||_1, before winners are taken."""
-        penalties = [gate.penalty for gate in _gates(model).values() if gate.penalty is not None]
-        return self.l1 * torch.stack(penalties).sum() if penalties else torch.zeros(())
+        return self.l1 * sum_of_penalties(_gates(model).values())
 
     def set_density(self, model: Dynamic, density: Density) -> None:
         """Change the density of all layers, or of those whose names a pattern fits; others keep theirs."""
@@ -193,7 +194,7 @@ class FBS(MethodConfig):
             gamma.copy_(torch.where(magnitude > floor, gamma.sign(), gamma / rho))
 
 
-class FBSGate(ChannelGate, SpreadGate, Predictor):
+class FBSGate(ChannelGate, SpreadGate, PenalisedGate, Predictor):
     """pi(x) = wta_k(ReLU(ss(x) phi + rho)) for maps x [N, C_in, H, W]."""
 
     CENTRE = 1.0
@@ -206,7 +207,6 @@ class FBSGate(ChannelGate, SpreadGate, Predictor):
         # A tensor, so that it travels with the weights and a change of density compiles nothing anew.
         self.register_buffer("winners", torch.tensor(kept(density, channels)))
         self._density = self._least = density
-        self.penalty: Tensor | None = None
         self.prepare_spread()
 
     def forward(self, x: Tensor) -> Pair:
@@ -245,9 +245,6 @@ class FBSGate(ChannelGate, SpreadGate, Predictor):
         """Keep ceil(density * channels) channels from now on."""
         self._density = check_density(density)
         self.winners.fill_(kept(density, self.channels))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"penalty": None}  # it belongs to one backward pass and can't be copied
 
 
 def _gates(model: Dynamic) -> dict[str, FBSGate]:
