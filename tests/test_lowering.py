@@ -22,6 +22,8 @@ from thrifty.dynamic import decisions
 from thrifty.errors import LoweringError
 from thrifty.gates import ChannelGate, LoweredGate
 from thrifty.lowering import lower
+from thrifty.lowering.rules import RULES
+from thrifty.lowering.values import Tracked
 from thrifty.macs import count_macs
 from thrifty.methods.antidote import AntiDote
 from thrifty.methods.fbs import FBSGate
@@ -262,6 +264,15 @@ def test_refusals_of_gates_name_layer_and_place() -> None:
 def test_refused_outputs(function: Any, message: str) -> None:
     with pytest.raises(LoweringError, match=message):
         lower(Written(function), torch.randn(1, 4, 7, 6))
+
+
+def test_a_rule_that_fails_is_not_laid_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_call: object) -> Tracked:
+        raise KeyError("size")
+
+    monkeypatch.setitem(RULES, torch.ops.aten.relu, broken)
+    with pytest.raises(LoweringError, match=r"relu in the model \(.+\) made thrifty fail: KeyError: 'size'. This"):
+        lower(nn.ReLU(), torch.randn(1, 4, 7, 6))
 
 
 @pytest.mark.parametrize(

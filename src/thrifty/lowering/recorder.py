@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from thrifty.dynamic import evaluating, hooked
-from thrifty.errors import LoweringError
+from thrifty.errors import LoweringError, ThriftyError
 from thrifty.gates import ChannelGate, Gate, InputGate, LayerGate, layer_names
 from thrifty.lowering.call import Call
 from thrifty.lowering.gating import layer_gate, pruned
@@ -94,10 +96,8 @@ class _Recorder(TorchDispatchMode):
         if isinstance(module, Gate) and output is not None:
             x = self.values.get(inputs[0])
             if isinstance(x, Value):
-                try:
+                with self._naming("the gate"):
                     self._gate(module, x, output)
-                except LoweringError as error:
-                    raise LoweringError(f"the gate in {self.graph.scope} ({self.graph.place}) {error}.") from error
 
     def _gate(self, gate: Gate, x: Value, output: tuple[Any, ...]) -> None:
         """Note what a gate makes of x: its decisions are for executors, nothing else may read them."""
@@ -121,14 +121,27 @@ class _Recorder(TorchDispatchMode):
             return output
         if not self._reads_tracked((args, kwargs)):
             return output
-        name = func.overloadpacket.__name__
-        try:
+        with self._naming(func.overloadpacket.__name__, f" Supported are: {SUPPORTED}."):
             self._record(func, args, kwargs or {}, output)
-        except LoweringError as error:
-            raise LoweringError(
-                f"{name} in {self.graph.scope or 'the model'} ({self.graph.place}) {error}. Supported are: {SUPPORTED}."
-            ) from error
         return output
+
+    @contextmanager
+    def _naming(self, what: str, advice: str = "") -> Iterator[None]:
+        """Say of errors what they are about and where that is; what is no refusal is a fault of the rules."""
+        try:
+            yield
+        except LoweringError as error:
+            raise LoweringError(f"{self._where(what)} {error}.{advice}") from error
+        except ThriftyError:
+            raise
+        except Exception as error:
+            raise LoweringError(
+                f"{self._where(what)} made thrifty fail: {type(error).__name__}: {error}. This is a fault of thrifty, "
+                "not of the model: please report it, with what the model does there."
+            ) from error
+
+    def _where(self, what: str) -> str:
+        return f"{what} in {self.graph.scope or 'the model'} ({self.graph.place})"
 
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self.graph.scope, self.graph.place = self._scope(), _users_place()
