@@ -55,6 +55,7 @@ private:
         s.pad_top = op_.padding.top, s.pad_left = op_.padding.left;
         s.dilation_height = op_.dilation_height, s.dilation_width = op_.dilation_width;
         s.activation = op_.activation, s.slope = op_.slope;
+        s.chooses_inputs = op_.gate == Gate::attention;
         return s;
     }
 

@@ -22,7 +22,7 @@ from thrifty.reference import run_reference
 SETTINGS = settings(max_examples=250, deadline=None, derandomize=True)
 
 
-def program_of(case: Case, rng: np.random.Generator) -> Program:
+def program_of(case: Case, rng: np.random.Generator, by_column: bool = True) -> Program:
     """One convolution with a gate on all that it may decide on, and where asked for a residual made from the input."""
 
     def normal(*shape: int) -> np.ndarray:
@@ -45,7 +45,7 @@ def program_of(case: Case, rng: np.random.Generator) -> Program:
     attributes = {
         "stride": case.stride, "padding": case.padding, "dilation": case.dilation, "groups": case.groups,
         "activation": case.activation, "gate": "attention",
-        "kept_channels": max(1, case.inputs - 1), "kept_columns": max(1, case.size[0] * case.size[1] - 1),
+        "kept_channels": max(1, case.inputs - 1), "kept_columns": max(1, case.size[0] * case.size[1] - by_column),
     }  # fmt: skip
     inputs = (0, 2) if case.residual else (0,)
     buffers.append((case.outputs, *case.output))

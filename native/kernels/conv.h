@@ -22,6 +22,7 @@ struct ConvShape {
     int dilation_height = 1, dilation_width = 1;
     Activation activation = Activation::none;
     float slope = 0;
+    bool chooses_inputs = false;  // a gate chooses input channels, and all outputs are computed in every call
 
     int taps() const { return kernel_height * kernel_width; }
     int in_per_group() const { return in_channels / groups; }

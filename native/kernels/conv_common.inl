@@ -112,6 +112,8 @@ inline std::int64_t macs_of(const ConvShape& shape, const ConvCall& call) {
     return pairs * shape.taps() * shape.out_height * shape.out_width;
 }
 
+inline constexpr std::int64_t far_weights = 256 << 10;  // floats that the second cache no longer holds
+
 inline constexpr int tasks_of_thread = 4;  // at most: a thread that the system holds up leaves its tasks to the others
 
 // How many tasks a call is worth: as many for every thread, if it is worth one for each.
@@ -207,3 +209,14 @@ struct Finish {
         store_part(out + at, activate(v, activation, slope), pixels);
     }
 };
+
+// Writes a range of an output channel's pixels, row after row. Sums are read up to a vector past the last of them.
+inline void write_pixels(const ConvShape& shape, const ConvCall& call, const Finish& finish, Range pixels, const float* sums) {
+    const bool flat = gapless(call.out) && gapless(call.residual);
+    each_stretch(pixels, flat ? pixels.last : shape.out_width, [&](int y, int x, int number, int at) {
+        for (int v = 0; v < number; v += lanes) {
+            finish.write(load(sums + at + v), y * call.out.row + x + v, y * call.residual.row + x + v,
+                         std::min(lanes, number - v));
+        }
+    });
+}

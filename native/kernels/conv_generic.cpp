@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "columns.h"
 #include "conv.h"
@@ -16,6 +17,7 @@ namespace thrifty::THRIFTY_ISA {
 #include "conv_direct.inl"
 #include "conv_packed.inl"
 #include "conv_dot.inl"
+#include "conv_outer.inl"
 #include "conv_winograd.inl"
 #include "conv_sparse.inl"
 #include "conv_depthwise.inl"

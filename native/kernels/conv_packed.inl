@@ -70,7 +70,7 @@ private:
         const Product product{{place, weight, in.count * shape_.taps()}, values, 0, panel_step, 0, 1, number, sums,
                               sum_row, most_pairs()};
         product.run(out, [&](int o) { return weight_ + std::ptrdiff_t{o} * most_pairs(); },
-                    [&](int o, const float* sum) { write_channel(call, o, pixels, sum); });
+                    [&](int o, const float* sum) { write_pixels(shape_, call, Finish(call, o, bias_, shape_), pixels, sum); });
     }
 
     void pack(const ConvCall& call, Channels in, Range pixels, std::ptrdiff_t* place, int* weight, float* values,
@@ -136,17 +136,6 @@ private:
                 }
             } else {
                 for (int p = 0; p < number; ++p) to[at + p] = from[p * shape_.stride_width];
-            }
-        });
-    }
-
-    void write_channel(const ConvCall& call, int o, Range pixels, const float* sums) const {
-        const Finish finish(call, o, bias_, shape_);
-        const bool flat = gapless(call.out) && gapless(call.residual);
-        each_stretch(pixels, flat ? pixels.last : shape_.out_width, [&](int y, int x, int number, int at) {
-            for (int v = 0; v < number; v += lanes) {
-                finish.write(load(sums + at + v), y * call.out.row + x + v, y * call.residual.row + x + v,
-                             std::min(lanes, number - v));
             }
         });
     }
