@@ -369,7 +369,7 @@ def test_numbers_of_threads_out_of_range(threads: Any) -> None:
 def _with_isa(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *command], env=os.environ | {"THRIFTY_ISA": isa}, capture_output=True, text=True,
-        timeout=300, check=False, cwd=os.path.dirname(os.path.dirname(__file__)),
+        timeout=1200, check=False, cwd=os.path.dirname(os.path.dirname(__file__)),
     )  # fmt: skip
 
 
@@ -377,7 +377,7 @@ def _with_isa(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("isa", [isa for isa in features()["available"] if isa != features()["isa"]])
 def test_other_instruction_sets_pass_too(isa: str) -> None:
     here = os.path.dirname(__file__)
-    parts = ("engine_operators", "engine_gates", "engine_calls", "conv_kernels", "column_kernels")
+    parts = ("engine_operators", "engine_gates", "engine_calls", "conv_kernels", "column_kernels", "outer_kernel")
     files = [os.path.join(here, f"test_{part}.py") for part in parts]
     alone = ["--noconftest"] if features()["sanitized"] else []  # there is no torch
     done = _with_isa(isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *alone, *files)

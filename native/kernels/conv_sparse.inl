@@ -2,8 +2,9 @@
 //
 // A pair of channels has 16 weights for Winograd's products and nine for plain ones. Where a large layer's weights come
 // from beyond the second cache, time follows the weights, and those of a computed channel are all read, whichever inputs
-// are active: few products per weight, on small maps with few active inputs, make the plain form the faster one. What is
-// chosen follows from the decisions of the image alone.
+// are active: few products per weight, on small maps with few active inputs, make the plain form the faster one (packed,
+// or outer where that pays: it reads the weights of active inputs only). What is chosen follows from the decisions of the
+// image alone.
 
 class SparseConvolution final : public Convolution {
 public:
