@@ -19,7 +19,7 @@ models=(
     mcifarnet-cifar10{,-fbs,-fbs-70}
 )
 # What `make bench-accuracy` sets beside them; not in the package.
-compared=(resnet20-cifar10{-antidote-short,-antidote-random,-antidote-any,-lcnet-short,-gumbel,-lcnet-70,-narrow} resnet{14,8}-cifar10)
+compared=(resnet20-cifar10{-longer,-antidote-longer,-antidote-short,-antidote-random,-antidote-any,-lcnet-short,-gumbel,-lcnet-70,-narrow} resnet{14,8}-cifar10)
 for recipe in {resnet20,resnet56,mcifarnet}-cifar10-base mcifarnet-cifar10-{second,start} "${models[@]}" "${compared[@]}"; do
     train "$recipe"
 done
