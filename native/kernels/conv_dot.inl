@@ -108,11 +108,7 @@ private:
             }
             if (k < stretch.last) {
                 V w[ROWS];
-                for (int r = 0; r < ROWS; ++r) {
-                    w[r] = load_first(weight[r] + k, stretch.last - k);
-                    __builtin_prefetch(next[r] + k, 0, 2);
-                    __builtin_prefetch(next[r] + stretch.last - 1, 0, 2);
-                }
+                for (int r = 0; r < ROWS; ++r) w[r] = load_first(weight[r] + k, stretch.last - k);
                 add_products(w, block, k, sum);
             }
         }
