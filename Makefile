@@ -61,7 +61,8 @@ check-native: $(SANITIZED)/.ready
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	$(SANITIZED)/bin/python -m pytest -q --noconftest -p no:cacheprovider \
 	tests/test_engine_operators.py tests/test_engine_calls.py tests/test_engine_checks.py tests/test_engine_gates.py \
-	tests/test_conv_kernels.py tests/test_column_kernels.py tests/test_outer_kernel.py tests/test_sharing.py tests/test_hostile_files.py
+	tests/test_conv_kernels.py tests/test_column_kernels.py tests/test_outer_kernel.py \
+	tests/test_sharing.py tests/test_hostile_files.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/engine.py --output $(FIGURES)/engine.csv

@@ -211,7 +211,8 @@ struct Finish {
 };
 
 // Writes a range of an output channel's pixels, row after row. Sums are read up to a vector past the last of them.
-inline void write_pixels(const ConvShape& shape, const ConvCall& call, const Finish& finish, Range pixels, const float* sums) {
+inline void write_pixels(const ConvShape& shape, const ConvCall& call, const Finish& finish, Range pixels,
+                         const float* sums) {
     const bool flat = gapless(call.out) && gapless(call.residual);
     each_stretch(pixels, flat ? pixels.last : shape.out_width, [&](int y, int x, int number, int at) {
         for (int v = 0; v < number; v += lanes) {

@@ -14,7 +14,7 @@ public:
 
     OuterConvolution(const ConvShape& shape, const float* weight, const float* bias)
         : shape_(shape), bias_(bias), blocks_((shape.out_channels + block - 1) / block),
-          lines_((std::size_t(shape.in_channels) * blocks_ * shape.taps() * block + line_floats - 1) / line_floats) {
+          lines_(floats_of<float>(std::size_t(shape.in_channels) * blocks_ * shape.taps() * block) / line_floats) {
         float* const to = &lines_[0].value[0];
         for (int o = 0; o < shape.out_channels; ++o) {
             for (int i = 0; i < shape.in_channels; ++i) {
@@ -25,7 +25,7 @@ public:
 
     std::size_t scratch() const override {
         return floats_of<std::ptrdiff_t>(shape_.taps()) + floats_of<Tile>(pixels()) +
-               round_up(std::size_t(blocks_) * block * pixels(), 16) + pixels() + lanes;
+               floats_of<float>(std::size_t(blocks_) * block * pixels()) + pixels() + lanes;
     }
 
     int tasks(const ConvCall& call, int threads) const override {
@@ -43,11 +43,12 @@ public:
         const std::size_t number = std::size_t(blocks.last - blocks.first) * block * pixels();
         std::fill_n(sums, number, 0.0f);
         for (int t = 0; t < shape_.taps(); ++t) {
-            tap[t] = t / shape_.kernel_width * shape_.dilation_height * call.in.row + t % shape_.kernel_width * shape_.dilation_width;
+            const int ky = t / shape_.kernel_width, kx = t % shape_.kernel_width;
+            tap[t] = ky * shape_.dilation_height * call.in.row + kx * shape_.dilation_width;
         }
         add(call, blocks, {tap, shape_.taps(), call.in.row * shape_.stride_height, shape_.out_width}, tiles,
             list_tiles(call, tiles), sums);
-        float* const line = sums + round_up(number, 16);
+        float* const line = sums + floats_of<float>(number);
         for (int o = blocks.first * block; o < std::min(blocks.last * block, shape_.out_channels); ++o) {
             const float* const sum = sums + std::ptrdiff_t{o / block - blocks.first} * block * pixels() + o % block;
             for (int p = 0; p < pixels(); ++p) line[p] = sum[p * block];
@@ -56,7 +57,7 @@ public:
     }
 
 private:
-    static constexpr int most_pixels = 64;                  // with more, a weight is used as often as it takes to fetch the next
+    static constexpr int most_pixels = 64;                  // with more, a weight serves until the next is there
     static constexpr int product_cost = 4;                  // of those that wait for weights, in usual ones
     static constexpr int block = 2 * lanes;                 // outputs
     static constexpr int most_sums = lanes == 16 ? 8 : 6;   // pixels of a tile: as many as there are registers for
@@ -64,6 +65,7 @@ private:
     static constexpr int products_at_once = 36;             // for each sum, before it is put back
     static constexpr int line_floats = 16;
 
+    // A type of this instruction set: what is compiled for it must not be linked for others.
     struct alignas(64) Line {
         float value[line_floats];
     };
@@ -110,7 +112,8 @@ private:
                         else if constexpr (2 * w.value <= most_sums) tile.add = add_tile<2, w.value, stride.value>;
                     });
                 });
-                tile.in = (y * shape_.stride_height - shape_.pad_top) * call.in.row + columns.first * shape_.stride_width - shape_.pad_left;
+                tile.in = (y * shape_.stride_height - shape_.pad_top) * call.in.row +
+                          columns.first * shape_.stride_width - shape_.pad_left;
                 tile.first = y * shape_.out_width + columns.first;
             }
         }
@@ -130,7 +133,8 @@ private:
                 for (int i = 0; i < inputs.count; ++i) {
                     const int a = first + i, then = std::min(a + at_once, in.count - 1);
                     inputs.weight[i] = weights + piece(in.index[a], b);
-                    inputs.next[i] = weights + (b + 1 < blocks.last ? piece(in.index[a], b + 1) : piece(in.index[then], blocks.first));
+                    inputs.next[i] = weights + (b + 1 < blocks.last ? piece(in.index[a], b + 1)
+                                                                    : piece(in.index[then], blocks.first));
                 }
                 float* const to = sums + std::ptrdiff_t{b - blocks.first} * block * pixels();
                 for (int t = 0; t < count; ++t) tiles[t].add(inputs, shared, tiles[t].in, to + tiles[t].first * block);
