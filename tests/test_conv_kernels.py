@@ -90,7 +90,7 @@ def plain_cases(draw: Any) -> Case:
     """3x3 filters with enough channels for Winograd's transforms."""
     channels = st.sampled_from([8, 9, 13, 16, 17, 40])
     padding = draw(st.sampled_from([(1, 1, 1, 1), (0, 0, 0, 0), (0, 2, 2, 1)]))
-    size = draw(st.tuples(st.integers(7, 70), st.integers(7, 40)))
+    size = draw(st.tuples(st.integers(7, 70), st.one_of(st.integers(7, 40), st.integers(3, 18))))
     shares = st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0])
     return Case(
         draw(channels), draw(channels), 1, (3, 3), (1, 1), (1, 1), padding, size, draw(shares), draw(shares),
@@ -170,11 +170,19 @@ def one_column(stride: tuple[int, int], size: tuple[int, int]) -> Case:
     return Case(16, 32, 1, (1, 1), stride, (1, 1), (0, 0, 0, 0), size, 1.0, 1.0, False, "none", 0)
 
 
+def narrow(width: int) -> Case:
+    """A map so narrow that a vector of Winograd's tiles holds two or four rows of them, and of several blocks."""
+    return Case(9, 10, 1, (3, 3), (1, 1), (1, 1), (1, 1, 1, 1), (101, width), 0.5, 1.0, True, "relu", 5)
+
+
 @SETTINGS
 @given(case=cases())
 @example(case=one_column((1, 2), (16, 2)))
 @example(case=one_column((1, 3), (40, 3)))
 @example(case=one_column((2, 1), (2, 16)))
+@example(case=narrow(4))
+@example(case=narrow(7))
+@example(case=narrow(15))
 def test_convolution_over_chosen_channels(case: Case) -> None:
     rng = np.random.default_rng(case.seed)
     program = program_of(case, rng)

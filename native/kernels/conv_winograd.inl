@@ -19,6 +19,7 @@ public:
 
     WinogradConvolution(const ConvShape& shape, const float* weight, const float* bias)
         : shape_(shape), bias_(bias), across_((shape.out_width + 1) / 2), down_((shape.out_height + 1) / 2),
+          narrow_(across_ * 2 == lanes || across_ * 4 == lanes),
           weight_(new float[std::size_t(shape.out_channels) * places * shape.in_channels]) {
         for (int o = 0; o < shape.out_channels; ++o) {
             for (int i = 0; i < shape.in_channels; ++i) {
@@ -75,6 +76,8 @@ private:
     static constexpr int sum_row = most_panels * panel + lanes;        // sums are read past the last tile of a block
     static constexpr int apart = 16;  // floats between places: a cache line, lest all of them fall into the same set
     static constexpr int line_floats = places * sum_row;               // one channel's transformed inputs, in order
+    static constexpr int narrow_row = sum_row + lanes;                 // of one column of tiles, every second row of the input
+    static_assert(8 * narrow_row <= line_floats);
 
     // Blocks are as large as the second cache allows, so that weights are read seldom.
     static int block_of(int inputs) {
@@ -118,13 +121,19 @@ private:
         for (int a = 0; a < call.active_in.count; ++a) {
             const float* const from = call.in.channel(call.active_in.index[a]);
             float* const to = values + std::ptrdiff_t{a} * panel;
-            if (across_ % lanes == 0) {  // no vector of tiles spans two panels
-                transform_channel(call.in.row, from, tiles, [&](int tile) {
-                    return Target{to + tile / panel * panel_step + tile % panel, place_step};
-                });
+            const auto in_panel = [&](int tile) {
+                return Target{to + tile / panel * panel_step + tile % panel, place_step};
+            };
+            if (narrow_) {
+                if (2 * across_ == lanes) transform_narrow<lanes / 2>(call.in.row, from, tiles, line, in_panel);
+                else transform_narrow<lanes / 4>(call.in.row, from, tiles, line, in_panel);
                 continue;
             }
-            transform_channel(call.in.row, from, tiles, [&](int tile) { return Target{line + tile, sum_row}; });
+            if (across_ % lanes == 0) {  // no vector of tiles spans two panels
+                transform_rows(call.in.row, from, tiles, in_panel);
+                continue;
+            }
+            transform_rows(call.in.row, from, tiles, [&](int tile) { return Target{line + tile, sum_row}; });
             for (int place = 0; place < places; ++place) {
                 for (int tile = 0; tile < number; tile += lanes) {
                     store(to + place * place_step + tile / panel * panel_step + tile % panel,
@@ -140,70 +149,140 @@ private:
         std::ptrdiff_t step;
     };
 
+    // The padded input's row `y`, from its first column on.
+    const float* input_row(std::ptrdiff_t row, const float* from, int y) const {
+        return from + (std::min(y, shape_.out_height + 1) - shape_.pad_top) * row - shape_.pad_left;
+    }
+
+    // A vector holds tiles of one row.
     template <class TargetOf>
-    void transform_channel(std::ptrdiff_t row, const float* from, Range tiles, TargetOf target) const {
-        const int last_row = shape_.out_height + 1;  // of the padded input
+    void transform_rows(std::ptrdiff_t row, const float* from, Range tiles, TargetOf target) const {
         each_stretch(tiles, across_, [&](int y, int x, int count, int at) {
             const float* source[4];
-            for (int i = 0; i < 4; ++i) {
-                source[i] = from + (std::min(2 * y + i, last_row) - shape_.pad_top) * row + 2 * x - shape_.pad_left;
-            }
+            for (int i = 0; i < 4; ++i) source[i] = input_row(row, from, 2 * y + i) + 2 * x;
             for (int v = 0; v < count; v += lanes) {
-                V e[4][4];
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; ++i) {
-                    const float* p = source[i] + 2 * v;
+                transform(target(at + v), [&](int i, V (&d)[4]) {
+                    const float* const p = source[i] + 2 * v;
                     const V low = load(p), high = load(p + lanes);
-                    const V d0 = evens(low, high), d1 = odds(low, high);
-                    const V d2 = shifted(d0, p[2 * lanes]), d3 = shifted(d1, p[2 * lanes + 1]);
-                    e[i][0] = d0 - d2;
-                    e[i][1] = d1 + d2;
-                    e[i][2] = d2 - d1;
-                    e[i][3] = d1 - d3;
-                }
-                const auto [to, step] = target(at + v);
-#pragma GCC unroll 4
-                for (int k = 0; k < 4; ++k) {
-                    store(to + k * step, e[0][k] - e[2][k]);
-                    store(to + (4 + k) * step, e[1][k] + e[2][k]);
-                    store(to + (8 + k) * step, e[2][k] - e[1][k]);
-                    store(to + (12 + k) * step, e[1][k] - e[3][k]);
-                }
+                    d[0] = evens(low, high), d[1] = odds(low, high);
+                    d[2] = shifted(d[0], p[2 * lanes]), d[3] = shifted(d[1], p[2 * lanes + 1]);
+                });
             }
         });
     }
+
+    // A vector holds tiles of several rows: what these read is brought together first, by column of the tiles, the
+    // input's even rows and its odd ones each for themselves. Then each row and column of all tiles is one vector.
+    template <int ACROSS, class TargetOf>
+    void transform_narrow(std::ptrdiff_t row, const float* from, Range tiles, float* line, TargetOf target) const {
+        const int number = tiles.last - tiles.first, first = 2 * (tiles.first / ACROSS), rows = 2 * (number / ACROSS + 1);
+        float* const column[4] = {line, line + 2 * narrow_row, line + 4 * narrow_row, line + 6 * narrow_row};
+        for (int i = 0; i < rows; ++i) {
+            const float* const p = input_row(row, from, first + i);
+            const V a = load(p), b = load(p + 2);
+            const std::ptrdiff_t at = i % 2 * narrow_row + std::ptrdiff_t{i / 2} * ACROSS;
+            store_first<ACROSS>(column[0] + at, evens(a, a));
+            store_first<ACROSS>(column[1] + at, odds(a, a));
+            store_first<ACROSS>(column[2] + at, evens(b, b));
+            store_first<ACROSS>(column[3] + at, odds(b, b));
+        }
+        for (int v = 0; v < number; v += lanes) {
+            transform(target(v), [&](int i, V (&d)[4]) {
+                for (int k = 0; k < 4; ++k) d[k] = load(column[k] + i % 2 * narrow_row + i / 2 * ACROSS + v);
+            });
+        }
+    }
+
+    // A vector of tiles: read(i, d) gives columns 0 to 3 of row i of each.
+    template <class Read>
+    __attribute__((always_inline)) static void transform(Target target, Read read) {
+        V e[4][4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            V d[4];
+            read(i, d);
+            e[i][0] = d[0] - d[2];
+            e[i][1] = d[1] + d[2];
+            e[i][2] = d[2] - d[1];
+            e[i][3] = d[1] - d[3];
+        }
+        const auto [to, step] = target;
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) {
+            store(to + k * step, e[0][k] - e[2][k]);
+            store(to + (4 + k) * step, e[1][k] + e[2][k]);
+            store(to + (8 + k) * step, e[2][k] - e[1][k]);
+            store(to + (12 + k) * step, e[1][k] - e[3][k]);
+        }
+    }
+
+    // Two rows of pixels from a vector of tiles, each in two vectors.
+    struct Pixels {
+        V top[2], bottom[2];
+    };
 
     // A^T m A of every tile of a channel, and what follows the convolution.
     void write_channel(const ConvCall& call, int o, Range tiles, const float* sums) const {
         const Finish finish(call, o, bias_, shape_);
+        if (narrow_) return write_narrow(call, finish, tiles, sums);
         each_stretch(tiles, across_, [&](int y, int x, int count, int at) {
             for (int v = 0; v < count; v += lanes) {
-                V top[4], bottom[4];
-#pragma GCC unroll 4
-                for (int k = 0; k < 4; ++k) {
-                    const float* const m = sums + at + v + k * sum_row;
-                    const V m0 = load(m), m1 = load(m + 4 * sum_row), m2 = load(m + 8 * sum_row),
-                            m3 = load(m + 12 * sum_row);
-                    top[k] = m0 + m1 + m2;
-                    bottom[k] = m1 - m2 - m3;
-                }
+                const Pixels found = pixels_of(sums + at + v);
                 const int column = 2 * (x + v);
                 const int pixels = std::min(2 * std::min(count - v, lanes), shape_.out_width - column);
-                write_row(call, finish, top, 2 * y, column, pixels);
-                if (2 * y + 1 < shape_.out_height) write_row(call, finish, bottom, 2 * y + 1, column, pixels);
+                write_row(call, finish, found.top, 2 * y, column, pixels);
+                if (2 * y + 1 < shape_.out_height) write_row(call, finish, found.bottom, 2 * y + 1, column, pixels);
             }
         });
     }
 
-    static void write_row(const ConvCall& call, const Finish& finish, const V (&s)[4], int y, int x, int pixels) {
+    // The same where a vector of tiles holds two or four rows of them: each is one vector of pixels, or half of one.
+    void write_narrow(const ConvCall& call, const Finish& finish, Range tiles, const float* sums) const {
+        const int number = tiles.last - tiles.first, rows = lanes / across_;
+        for (int v = 0; v < number; v += lanes) {
+            const Pixels both = pixels_of(sums + v);
+            for (int r = 0; r < rows && v + r * across_ < number; ++r) {
+                const int y = 2 * ((tiles.first + v) / across_ + r);
+                const auto write = [&](const V (&pixels)[2], int y) {
+                    const V found = pixels[2 * r / rows];
+                    finish.write(rows == 4 && r % 2 ? upper(found) : found, y * call.out.row, y * call.residual.row,
+                                 shape_.out_width);
+                };
+                write(both.top, y);
+                if (y + 1 < shape_.out_height) write(both.bottom, y + 1);
+            }
+        }
+    }
+
+    __attribute__((always_inline)) static Pixels pixels_of(const float* sums) {
+        V top[4], bottom[4];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) {
+            const float* const m = sums + k * sum_row;
+            const V m0 = load(m), m1 = load(m + 4 * sum_row), m2 = load(m + 8 * sum_row), m3 = load(m + 12 * sum_row);
+            top[k] = m0 + m1 + m2;
+            bottom[k] = m1 - m2 - m3;
+        }
+        Pixels found;
+        zip(top, found.top);
+        zip(bottom, found.bottom);
+        return found;
+    }
+
+    __attribute__((always_inline)) static void zip(const V (&s)[4], V (&pixels)[2]) {
         const V even = s[0] + s[1] + s[2], odd = s[1] - s[2] - s[3];
+        pixels[0] = zip_low(even, odd), pixels[1] = zip_high(even, odd);
+    }
+
+    static void write_row(const ConvCall& call, const Finish& finish, const V (&s)[2], int y, int x, int pixels) {
         const std::ptrdiff_t at = y * call.out.row + x, residual_at = y * call.residual.row + x;
-        finish.write(zip_low(even, odd), at, residual_at, std::min(pixels, lanes));
-        if (pixels > lanes) finish.write(zip_high(even, odd), at + lanes, residual_at + lanes, pixels - lanes);
+        finish.write(s[0], at, residual_at, std::min(pixels, lanes));
+        if (pixels > lanes) finish.write(s[1], at + lanes, residual_at + lanes, pixels - lanes);
     }
 
     ConvShape shape_;
     const float* bias_;
-    int across_, down_;          // tiles
+    int across_, down_;                // tiles
+    bool narrow_;                      // two or four rows of tiles in a vector
     std::unique_ptr<float[]> weight_;  // transformed: [out_channels][places][in_channels]
 };
