@@ -20,7 +20,9 @@ models=(
 )
 # What `make bench-accuracy` sets beside them; not in the package.
 compared=(resnet20-cifar10{-longer,-antidote-longer,-antidote-short,-antidote-random,-antidote-any,-lcnet-short,-gumbel,-lcnet-70,-narrow} resnet{14,8}-cifar10)
-for recipe in {resnet20,resnet56,mcifarnet}-cifar10-base mcifarnet-cifar10-{second,start} "${models[@]}" "${compared[@]}"; do
+# What the others start from or are taught by.
+first=({resnet20,resnet56,mcifarnet}-cifar10-base mcifarnet-cifar10-{second,start} resnet20-cifar10{-start,,-long,-longer} resnet56-cifar10{,-second,-antidote-start})
+for recipe in "${first[@]}" "${models[@]}" "${compared[@]}"; do
     train "$recipe"
 done
 for recipe in resnet20-cifar10-{lcnet-short,cnet,lnet,gumbel}; do
