@@ -128,15 +128,13 @@ def test_the_price_of_sparsity_is_the_share_of_attention_that_is_dropped() -> No
 def test_sparsity_changes_the_loss_alone() -> None:
     dynamic, _, x = network()
     sparse, _, _ = network(sparsity=0.5)
-    for training in (True, False):
+    for training in (True, False):  # what is charged is of the pass in training
         outputs = []
         for each in (dynamic, sparse):
             each.train(training)
             outputs.append(each(x))
         torch.testing.assert_close(*outputs, rtol=0, atol=0)
     assert dynamic.regularization() == 0
-    assert sparse.regularization() == 0  # the last pass was in evaluation
-    sparse.train()(x)
     penalties = [gate.penalty.item() for gate in sparse.gates().values()]
     assert min(penalties) > 0
     assert sparse.regularization().item() == pytest.approx(0.5 * sum(penalties))
@@ -355,7 +353,8 @@ def test_shares_of_both_axes_are_set_together_or_not_at_all() -> None:
     [
         {"channels": 1.0}, {"channels": -0.1}, {"columns": (0.1, 2.0)}, {"channels": {"a": 1.0}}, {"criterion": "loud"},
         {"dropout": "all"}, {"schedule": "cosine"}, {"step": 0}, {"start": 1.0}, {"ascent": (0.5, 0.1)},
-        {"columns": True}, {"sparsity": -1.0}, {"sparsity": float("nan")},
+        {"columns": True}, {"sparsity": -1.0}, {"sparsity": float("nan")}, {"step": "a"}, {"ascent": 0.5},
+        {"ascent": (0.1, None)},
     ],
 )  # fmt: skip
 def test_settings_are_checked(wrong: dict[str, Any]) -> None:

@@ -338,6 +338,14 @@ def test_doctor_tells_why_a_model_is_not_faster() -> None:
     assert len(report["findings"]) == 3
 
 
+def test_doctor_refuses_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THRIFTY_ISA", "mmx")
+    done = run("doctor")
+    assert done.returncode == 1
+    assert "THRIFTY_ISA is 'mmx'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_doctor_tells_the_instruction_set_in_use() -> None:
     report = json.loads(output("doctor", "--json"))
     assert report["engine"]["instructions_in_use"] in {"generic", "avx2", "avx512"}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from randomised import randomise
 from small_nets import NETS, SIZE, Net, act, conv
@@ -29,9 +30,12 @@ class Model(Net):
     def __init__(self) -> None:
         super().__init__(c0=conv(3, 8), b0=nn.BatchNorm2d(8), c1=conv(8, 8), b1=nn.BatchNorm2d(8), fc=nn.Linear(8, 5))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor) -> Tensor:
         x = act(self.b0(self.c0(x)))
-        return self.fc(act(self.b1(self.c1(x)) + x).mean((2, 3)))
+        return act(self.b1(self.c1(x)) + x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.features(x).mean((2, 3)))
 
 
 def net() -> tuple[Any, Tensor]:
@@ -268,6 +272,33 @@ def test_patterns_that_select_nothing(method: Any) -> None:
 def test_compiled_models_are_refused() -> None:
     with pytest.raises(ConversionError, match="convert the model before"):
         convert(torch.compile(Model(), backend="eager"), METHOD, torch.randn(1, 3, 16, 16))
+
+
+class MixedLast(Model):
+    """Its last convolution is read by what mixes channels, called as a function or a method."""
+
+    def __init__(self, mix: Any) -> None:
+        super().__init__()
+        self.mix = mix
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(super().features(x), self.fc)
+
+
+MIXERS = {
+    "mm": lambda x, fc: torch.mm(x.mean((2, 3)), fc.weight.t()),
+    "addmm": lambda x, fc: torch.addmm(fc.bias, x.mean((2, 3)), fc.weight.t()),
+    "addmm method": lambda x, fc: fc.bias[None].addmm(x.mean((2, 3)), fc.weight.t()),
+    "baddbmm": lambda x, fc: torch.baddbmm(x.new_zeros(1, 1, 1), x.flatten(2).transpose(1, 2), fc.weight.t()[None]),
+    "conv_transpose2d": lambda x, fc: F.conv_transpose2d(x, fc.weight.t()[:, :, None, None]),
+}
+
+
+@pytest.mark.parametrize("mix", MIXERS.values(), ids=MIXERS)
+def test_layers_before_what_mixes_channels_are_gated(mix: Any) -> None:
+    x = torch.randn(1, 3, SIZE, SIZE)
+    dynamic = convert(randomise(MixedLast(mix), x), METHOD, x)
+    assert list(dynamic.gates()) == ["c0", "c1"]
 
 
 class WithOptions(Model):

@@ -309,6 +309,8 @@ def test_advance_sets_every_gate() -> None:
     [
         {"density": 0.0}, {"density": 1.5}, {"density": {"c": 2.0}}, {"start": 0}, {"init": "zeros"}, {"l1": -1.0},
         {"schedule": "cosine"}, {"step": 0.0}, {"descent": (0.6, 0.1)}, {"descent": (0.1,)}, {"max_overhead": -1.0},
+        {"l1": math.nan}, {"step": math.nan}, {"step": "a"}, {"descent": 0.5}, {"descent": (0.1, "a")},
+        {"descent": (math.nan, 0.5)}, {"max_overhead": math.inf}, {"max_overhead": None}, {"l1": True},
     ],
 )  # fmt: skip
 def test_settings_are_checked(wrong: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -107,3 +108,5 @@ def test_settings() -> None:
     assert method == Gumbel(target=0.6, temperature=0.5)
     with pytest.raises(ThriftyError, match="temperature is 0"):
         Gumbel(temperature=0)
+    with pytest.raises(ThriftyError, match="temperature is nan"):
+        Gumbel(temperature=math.nan)

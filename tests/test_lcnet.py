@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from typing import Any
 
@@ -517,7 +518,11 @@ def test_where_picks_blocks_and_convolutions() -> None:
     [
         ({"target": 0.0}, "target is 0.0"),
         ({"relax": 1.5}, "relax is 1.5"),
-        ({"rate": -1.0}, "must not be negative"),
+        ({"rate": -1.0}, "rate is -1.0"),
+        ({"rate": math.nan}, "rate is nan"),
+        ({"max_overhead": math.nan}, "max_overhead is nan"),
+        ({"leak": math.nan}, "leak is nan"),
+        ({"target": "0.5"}, "target is '0.5'"),
         ({"leak": -1.0}, "leak is -1.0"),
         ({"threshold": 1.0}, r"in \[0, 1\)"),
         ({"layers": False, "channels": False}, "gates nothing"),

@@ -27,10 +27,13 @@ NORMS_WITH_ACTIVATION = ("BatchNormAct2d", "FrozenBatchNormAct2d", "SyncBatchNor
 """timm's normalisations that go on with `drop` and `act`."""
 
 MIXING_MODULES = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention)
-MIXING_FUNCTIONS = {F.conv1d, F.conv2d, F.conv3d, F.linear, torch.matmul, torch.bmm, torch.einsum, operator.matmul}
-MIXING_FUNCTIONS |= {torch.conv2d, F.scaled_dot_product_attention}
-CONV_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
-MIXING_METHODS = {"matmul", "bmm", "mm", "__matmul__"}
+CONV_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)
+MIXING_FUNCTIONS = {
+    *CONV_FUNCTIONS, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear, F.bilinear,
+    torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum, operator.matmul,
+    F.scaled_dot_product_attention,
+}  # fmt: skip
+MIXING_METHODS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "__matmul__"}
 
 KEEPS_ZERO_MODULES = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Mish, nn.ELU, nn.SELU, nn.CELU,

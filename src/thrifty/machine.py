@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from thrifty.errors import EXTRAS
+from thrifty.errors import EXTRAS, ThriftyError
 
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}
 """Modules whose distribution has another name."""
@@ -37,12 +37,19 @@ def machine() -> dict[str, Any]:
 
 
 def native_features() -> dict[str, Any]:
-    """What the compiled part says of itself: the instruction set in use (`isa`) and what the CPU has; {} without it."""
+    """What the compiled part says of itself: the instruction set in use (`isa`) and what the CPU has; {} without it.
+
+    Raises:
+        ThriftyError: THRIFTY_ISA asks for an instruction set that there is not.
+    """
     try:
         native: Any = importlib.import_module("thrifty._native")
     except ImportError:
         return {}
-    return dict(native.features())
+    try:
+        return dict(native.features())
+    except RuntimeError as error:  # the instruction set that is asked for is not there
+        raise ThriftyError(str(error)) from None
 
 
 def extras() -> dict[str, dict[str, Any]]:

@@ -103,16 +103,12 @@ class AntiDote(MethodConfig):
             for ratio in _values(getattr(self, field)):
                 _check_ratio(field, ratio)
         _check_ratio("start", self.start)
-        options = {"criterion": get_args(Criterion), "dropout": get_args(Dropout), "schedule": get_args(Schedule)}
-        for field, known in options.items():
-            if getattr(self, field) not in known:
-                raise ThriftyError(f"AntiDote {field} is {getattr(self, field)!r}; choose one of: {', '.join(known)}.")
-        if not 0 < self.step < 1:
-            raise ThriftyError(f"AntiDote step is {self.step!r}, but must be in (0, 1).")
-        if len(self.ascent) != 2 or not 0 <= self.ascent[0] <= self.ascent[1] <= 1:
-            raise ThriftyError(f"AntiDote ascent is {self.ascent!r}, but must be two rising shares in [0, 1].")
-        if not 0 <= self.sparsity < float("inf"):
-            raise ThriftyError(f"AntiDote sparsity is {self.sparsity!r}, but must be a finite number, 0 or more.")
+        self.check_choice("criterion", get_args(Criterion))
+        self.check_choice("dropout", get_args(Dropout))
+        self.check_choice("schedule", get_args(Schedule))
+        self.check_number("step", "in (0, 1)", lambda step: 0 < step < 1)
+        self.check_span("ascent")
+        self.check_number("sparsity", "a finite number, 0 or more", lambda sparsity: sparsity >= 0)
 
     def place(self, model: nn.Module, sites: Sites) -> tuple[Place, ...]:
         """Prune the map that each convolution reads, where that map is read inside a block only."""
@@ -226,9 +222,10 @@ class AttentionGate(InputGate, SpreadGate, PenalisedGate):
         self.by_columns = self.by_columns or int(self.kept_columns) < self.positions
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        self.penalty = None
-        if self.training and self.dropout == "none":
-            return x, None, None
+        if self.training:
+            self.penalty = None  # of the latest pass in training
+            if self.dropout == "none":
+                return x, None, None
         channels = columns = None
         kept_map = x
         if self.by_channels:

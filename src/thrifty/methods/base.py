@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -78,6 +79,25 @@ class MethodConfig(ABC):
             raise ThriftyError(
                 f"where is {self.where!r}, but must be patterns of names or a function of name and module."
             )
+
+    def check_number(self, field: str, wanted: str, fits: Callable[[float], bool]) -> None:
+        """An error where the setting is not a finite number that fits; `wanted` says what does."""
+        value = getattr(self, field)
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or not fits(float(value)):
+            raise ThriftyError(f"{type(self).__name__} {field} is {value!r}, but must be {wanted}.")
+
+    def check_choice(self, field: str, known: Iterable[str]) -> None:
+        """An error where the setting is not one of those."""
+        if getattr(self, field) not in (known := tuple(known)):
+            value = getattr(self, field)
+            raise ThriftyError(f"{type(self).__name__} {field} is {value!r}; choose one of: {', '.join(known)}.")
+
+    def check_span(self, field: str) -> None:
+        """An error where the setting is not two shares of training, one after the other."""
+        span = getattr(self, field)
+        numbers = isinstance(span, (tuple, list)) and len(span) == 2 and all(isinstance(share, Real) for share in span)
+        if not numbers or not 0 <= span[0] <= span[1] <= 1:
+            raise ThriftyError(f"{type(self).__name__} {field} is {span!r}, but must be two rising shares in [0, 1].")
 
     def selects(self, name: str, module: nn.Module) -> bool:
         """Whether `where` picks the module of this name."""

@@ -157,12 +157,10 @@ class BudgetConfig(MethodConfig, ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.target <= 1:
-            raise ThriftyError(f"{self.name} target is {self.target!r}, but must be a share of MACs in (0, 1].")
-        if not 0 <= self.relax <= 1:
-            raise ThriftyError(f"{self.name} relax is {self.relax!r}, but must be a share of training in [0, 1].")
-        if self.rate < 0 or self.max_overhead < 0:
-            raise ThriftyError(f"{self.name} rate and max_overhead must not be negative.")
+        self.check_number("target", "a share of MACs in (0, 1]", lambda target: 0 < target <= 1)
+        self.check_number("relax", "a share of training in [0, 1]", lambda relax: 0 <= relax <= 1)
+        for field in ("rate", "max_overhead"):
+            self.check_number(field, "a finite number, 0 or more", lambda value: value >= 0)
 
     def measure(self, model: Dynamic, example: Tensor) -> None:
         """Measure how MACs depend on each gate."""

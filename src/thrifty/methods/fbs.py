@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from thrifty.conversion import Place
 from thrifty.density import Density, check_density, check_patterns, densities_of, density_for, kept
-from thrifty.errors import ThriftyError
 from thrifty.gates import (
     ChannelGate,
     LoweredGate,
@@ -89,18 +88,15 @@ class FBS(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for value in self.density.values() if isinstance(self.density, Mapping) else (self.density, self.start):
+        for value in self.density.values() if isinstance(self.density, Mapping) else (self.density,):
             check_density(value)
         check_density(self.start)
-        for field, options in (("init", get_args(Init)), ("schedule", get_args(Schedule))):
-            if getattr(self, field) not in options:
-                raise ThriftyError(f"FBS {field} is {getattr(self, field)!r}; choose one of: {', '.join(options)}.")
-        if not 0 < self.step <= 1:
-            raise ThriftyError(f"FBS step is {self.step!r}, but must be in (0, 1].")
-        if len(self.descent) != 2 or not 0 <= self.descent[0] <= self.descent[1] <= 1:
-            raise ThriftyError(f"FBS descent is {self.descent!r}, but must be two rising shares in [0, 1].")
-        if self.l1 < 0 or self.max_overhead < 0:
-            raise ThriftyError("FBS l1 and max_overhead must not be negative.")
+        self.check_choice("init", get_args(Init))
+        self.check_choice("schedule", get_args(Schedule))
+        self.check_number("step", "in (0, 1]", lambda step: 0 < step <= 1)
+        self.check_span("descent")
+        for field in ("l1", "max_overhead"):
+            self.check_number(field, "a finite number, 0 or more", lambda value: value >= 0)
 
     def place(self, model: nn.Module, sites: Sites) -> tuple[Place, ...]:
         """Gate every site that can take it."""

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from thrifty.blocks import Block, residual_blocks
 from thrifty.conversion import Place
-from thrifty.errors import ThriftyError
 from thrifty.gates import LayerGate, LoweredGate, Pair
 from thrifty.graph import Sites
 from thrifty.methods.budget import BudgetConfig, Budgeted
@@ -52,8 +51,7 @@ class Gumbel(BudgetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.temperature <= 0:
-            raise ThriftyError(f"Gumbel temperature is {self.temperature!r}, but must be above 0.")
+        self.check_number("temperature", "a finite number above 0", lambda temperature: temperature > 0)
 
     def place(self, model: nn.Module, sites: Sites) -> tuple[Place, ...]:
         """Gate every residual block that can take it."""

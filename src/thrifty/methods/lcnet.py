@@ -73,8 +73,7 @@ class LCNet(BudgetConfig):
         super().__post_init__()
         if not self.layers and not self.channels:
             raise ThriftyError("LCNet without layers and without channels gates nothing. Set one of them.")
-        if self.leak < 0:
-            raise ThriftyError(f"LCNet leak is {self.leak!r}, but must not be negative.")
+        self.check_number("leak", "a finite number, 0 or more", lambda leak: leak >= 0)
         check_threshold(self.threshold)
 
     @property
