@@ -7,7 +7,6 @@
 
 #include <optional>
 #include <stdexcept>
-#include <thread>
 
 #include "executor.h"
 #include "kernels/dispatch.h"
@@ -130,6 +129,18 @@ Limits limits_of(nb::handle object) {
     return limits;
 }
 
+// (place, name, value) each.
+thrifty::Changes changes_of(nb::handle object) {
+    thrifty::Changes changes;
+    for (nb::handle item : sequence(object, "changes")) {
+        const nb::sequence parts = sequence(item, "a change");
+        if (nb::len(parts) != 3) fail("a change must have three parts: an operator's place, a setting's name, its value");
+        changes.push_back({integer(parts[0], "an operator's place"), value<std::string>(parts[1], "a setting's name"),
+                           value<double>(parts[2], "a setting's value")});
+    }
+    return changes;
+}
+
 thrifty::Normalisation normalisation_of(nb::handle mean, nb::handle deviation) {
     thrifty::Normalisation result;
     if (mean.is_none() && deviation.is_none()) return result;
@@ -167,16 +178,18 @@ public:
         engine_.run(images, to, forced);
     }
 
-    nb::dict trace(const Array& x, const nb::ndarray<float, nb::c_contig, nb::device::cpu>& out, nb::handle decisions, bool channels_last) {
+    nb::dict trace(const Array& x, const nb::ndarray<float, nb::c_contig, nb::device::cpu>& out, nb::handle decisions, bool channels_last,
+                   nb::handle changes) {
         const thrifty::Images images = images_of(x, channels_last);
         check_out(out, images.count);
         std::vector<Array> kept;
         const thrifty::Forced forced = forced_of(decisions, images.count, kept);
+        const thrifty::Changes own = changes_of(changes);
         thrifty::Trace trace;
         float* const to = out.data();
         {
             const nb::gil_scoped_release released;
-            engine_.run(images, to, forced, &trace);
+            engine_.run(images, to, forced, &trace, own);
         }
         nb::list ms, gate_ms, macs, gate_macs, kernels;
         nb::dict decided;
@@ -200,23 +213,29 @@ public:
         return result;
     }
 
-    // The settings of a gate by their names in programs.
-    nb::dict settings(std::size_t place) const {
-        if (place >= engine_.program().operators.size()) fail("there is no operator " + std::to_string(place));
-        const thrifty::GateSettings found = engine_.settings(place);
+    // The settings of all gates by their names in programs, by place.
+    nb::dict settings() {
         nb::dict result;
-        switch (engine_.program().operators[place].gate) {
-            case thrifty::Gate::none: break;
-            case thrifty::Gate::topk: result["winners"] = found.channels; break;
-            case thrifty::Gate::attention:
-                result["kept_channels"] = found.channels;
-                result["kept_columns"] = found.columns;
-                break;
-            case thrifty::Gate::clip:
-            case thrifty::Gate::layer: result["threshold"] = found.threshold; break;
+        const auto found = engine_.settings();
+        for (std::size_t i = 0; i < found.size(); ++i) {
+            if (!gated(i)) continue;
+            nb::dict own;
+            switch (engine_.program().operators[i].gate) {
+                case thrifty::Gate::none: break;
+                case thrifty::Gate::topk: own["winners"] = found[i].channels; break;
+                case thrifty::Gate::attention:
+                    own["kept_channels"] = found[i].channels;
+                    own["kept_columns"] = found[i].columns;
+                    break;
+                case thrifty::Gate::clip:
+                case thrifty::Gate::layer: own["threshold"] = found[i].threshold; break;
+            }
+            result[nb::int_(i)] = own;
         }
         return result;
     }
+
+    void set(nb::handle changes) { engine_.set(changes_of(changes)); }
 
     thrifty::Engine& engine() { return engine_; }
 
@@ -273,17 +292,18 @@ private:
             fail("out must hold " + std::to_string(size) + " values for each of the " + std::to_string(count) + " images");
     }
 
-    thrifty::Forced forced_of(nb::handle decisions, std::int64_t count, std::vector<Array>& kept) const {
+    thrifty::Forced forced_of(nb::handle decisions, std::int64_t count, std::vector<Array>& kept) {
         thrifty::Forced forced;
         if (decisions.is_none()) return forced;
         forced.resize(engine_.program().operators.size(), {});
+        const auto settings = engine_.settings();
         for (auto [key, object] : dict(decisions, "decisions")) {
             const std::int64_t place = integer(key, "an operator's place in decisions");
             const auto i = static_cast<std::size_t>(place);
             if (place < 0 || i >= forced.size() || !gated(i)) fail("operator " + std::to_string(place) + " in decisions has no gate");
             const nb::sequence given = sequence(object, "a decision");
             if (nb::len(given) != thrifty::axes) fail("a decision must have three parts: channels, columns, layer");
-            const auto marks = thrifty::decided(engine_.program(), engine_.program().operators[i], engine_.settings(i));
+            const auto marks = thrifty::decided(engine_.program(), engine_.program().operators[i], settings[i]);
             for (std::size_t axis = 0; axis < thrifty::axes; ++axis) {
                 const nb::object part = given[axis];
                 if (part.is_none()) continue;
@@ -310,7 +330,6 @@ nb::dict features() {
     nb::list available;
     for (const char* isa : thrifty::available_isas()) available.append(isa);
     result["available"] = available;
-    result["threads"] = static_cast<int>(std::thread::hardware_concurrency());
 #ifdef THRIFTY_SANITIZED
     result["sanitized"] = true;
 #else
@@ -340,11 +359,10 @@ NB_MODULE(_native, m) {
         .def(nb::init<nb::handle, nb::handle, nb::handle, int, nb::handle, nb::handle, nb::handle>(), "buffers"_a,
              "operators"_a, "output"_a, "threads"_a = 1, "limits"_a = nb::none(), "mean"_a = nb::none(), "std"_a = nb::none())
         .def("run", &PyEngine::run, "x"_a, "out"_a.noconvert(), "decisions"_a = nb::none(), "channels_last"_a = false)
-        .def("trace", &PyEngine::trace, "x"_a, "out"_a.noconvert(), "decisions"_a = nb::none(), "channels_last"_a = false)
-        .def("set", [](PyEngine& self, std::int64_t place, const std::string& name, double value) {
-            self.engine().set(place, name, value);
-        }, "place"_a, "name"_a, "value"_a)
-        .def("settings", &PyEngine::settings, "place"_a)
+        .def("trace", &PyEngine::trace, "x"_a, "out"_a.noconvert(), "decisions"_a = nb::none(), "channels_last"_a = false,
+             "changes"_a = nb::tuple())
+        .def("set", &PyEngine::set, "changes"_a)
+        .def("settings", &PyEngine::settings)
         .def("fill_memory", [](PyEngine& self, float value) { self.engine().fill_memory(value); }, "value"_a)
         .def_prop_ro("threads", [](PyEngine& self) { return self.engine().threads(); })
         .def_prop_ro("isa", [](PyEngine& self) { return self.engine().isa(); })

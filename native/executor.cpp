@@ -22,7 +22,8 @@ struct Engine::State {
 
     const unsigned generation;
     std::mutex mutex;
-    std::vector<std::unique_ptr<Context>> contexts;  // that no call uses
+    std::vector<std::unique_ptr<Context>> contexts;  // that no call uses; there is room for those that are lent
+    std::size_t lent = 0;
     std::unique_ptr<Pool> pool;
     Sharing sharing;  // of who has the pool
     std::vector<Floats> scratch;  // of the pool's workers
@@ -33,7 +34,7 @@ struct Engine::State {
 class Engine::Lease {
 public:
     // `images`: of the call, so many contexts at most are taken for the pool's workers.
-    Lease(Engine& engine, std::int64_t images) : state_(engine.state()) {
+    Lease(Engine& engine, std::int64_t images, const Changes& changes) : state_(engine.state()) {
         const std::scoped_lock lock(state_.mutex);
         if (engine.threads_ > 1 && !state_.pool_taken) {
             if (!state_.pool) {
@@ -56,14 +57,10 @@ public:
                     contexts_.push_back(std::move(state_.contexts.back()));
                     state_.contexts.pop_back();
                 }
-                auto& settings = contexts_.back()->settings;
-                settings.resize(engine.steps_.size());
-                // All contexts of a call work with the same settings.
-                if (contexts_.size() > 1) settings = contexts_.front()->settings;
-                else
-                    for (std::size_t i = 0; i < settings.size(); ++i) settings[i] = engine.settings(i);
+                contexts_.back()->settings = engine.settings_;
+                engine.apply(changes, contexts_.back()->settings);
             }
-            state_.contexts.reserve(state_.contexts.size() + contexts_.size());
+            state_.contexts.reserve(state_.contexts.size() + state_.lent + contexts_.size());  // so that none is lost later
             if (!pool_) {
                 Floats& scratch = contexts_.front()->scratch;
                 if (!scratch.data()) scratch = Floats(engine.needs_.scratch);
@@ -73,11 +70,13 @@ public:
             if (pool_) state_.pool_taken = false;
             throw;
         }
+        state_.lent += contexts_.size();
     }
 
     ~Lease() {
         const std::scoped_lock lock(state_.mutex);
         for (auto& context : contexts_) state_.contexts.push_back(std::move(context));
+        state_.lent -= contexts_.size();
         if (pool_) state_.pool_taken = false;
     }
 
@@ -99,8 +98,7 @@ private:
 
 Engine::Engine(const Source& source, const Limits& limits, int threads, Normalisation normalisation)
     : kernels_(kernels()), threads_(threads), program_(validate(source, limits)),
-      plan_(make_plan(program_, limits)), normalisation_(std::move(normalisation)),
-      settings_(std::make_unique<LiveSettings[]>(program_.operators.size())) {
+      plan_(make_plan(program_, limits)), normalisation_(std::move(normalisation)) {
     if (threads < 1 || threads > max_threads)
         throw std::invalid_argument("threads is " + std::to_string(threads) + ", but must be in [1, " +
                                     std::to_string(max_threads) + "].");
@@ -111,7 +109,7 @@ Engine::Engine(const Source& source, const Limits& limits, int threads, Normalis
     for (std::size_t i = 0; i < program_.operators.size(); ++i) {
         steps_.push_back(make_step(program_, plan_, i, kernels_));
         needs_.cover(steps_.back()->needs());
-        store(i, program_.operators[i].settings);
+        settings_.push_back(program_.operators[i].settings);
     }
     if (needs_.bytes() > static_cast<std::size_t>(limits.memory))
         throw std::invalid_argument("operators work in " + std::to_string(needs_.bytes()) +
@@ -135,10 +133,10 @@ Engine::State& Engine::state() {
     return *found;
 }
 
-void Engine::run(const Images& images, float* out, const Forced& forced, Trace* trace) {
+void Engine::run(const Images& images, float* out, const Forced& forced, Trace* trace, const Changes& changes) {
     const auto start = Clock::now();
     if (images.count <= 0 && !trace) return;
-    const Lease lease(*this, trace ? 1 : images.count);
+    const Lease lease(*this, trace ? 1 : images.count, changes);
     if (trace) {
         trace->operators.assign(steps_.size(), {});
         for (std::size_t i = 0; i < steps_.size(); ++i) {
@@ -267,26 +265,25 @@ void Engine::write_output(float* out, const Context& context, Team& team) const 
     });
 }
 
-void Engine::set(std::int64_t place, const std::string& name, double value) {
-    if (place < 0 || place >= static_cast<std::int64_t>(program_.operators.size()))
-        throw std::invalid_argument("there is no operator " + std::to_string(place) + ".");
-    const auto i = static_cast<std::size_t>(place);
-    const Operator& op = program_.operators[i];
-    GateSettings changed = settings(i);
-    thrifty::set(changed, program_, op, name, value);
-    store(i, changed);
+void Engine::set(const Changes& changes) {
+    const std::scoped_lock lock(state().mutex);
+    auto changed = settings_;
+    apply(changes, changed);
+    settings_ = std::move(changed);
 }
 
-void Engine::store(std::size_t place, const GateSettings& settings) {
-    settings_[place].channels.store(settings.channels, std::memory_order_relaxed);
-    settings_[place].columns.store(settings.columns, std::memory_order_relaxed);
-    settings_[place].threshold.store(settings.threshold, std::memory_order_relaxed);
+std::vector<GateSettings> Engine::settings() {
+    const std::scoped_lock lock(state().mutex);
+    return settings_;
 }
 
-GateSettings Engine::settings(std::size_t place) const {
-    const LiveSettings& live = settings_[place];
-    return {live.channels.load(std::memory_order_relaxed), live.columns.load(std::memory_order_relaxed),
-            live.threshold.load(std::memory_order_relaxed)};
+void Engine::apply(const Changes& changes, std::vector<GateSettings>& settings) const {
+    for (const Change& change : changes) {
+        if (change.place < 0 || change.place >= static_cast<std::int64_t>(settings.size()))
+            throw std::invalid_argument("there is no operator " + std::to_string(change.place) + ".");
+        const auto i = static_cast<std::size_t>(change.place);
+        thrifty::set(settings[i], program_, program_.operators[i], change.name, change.value);
+    }
 }
 
 void Engine::fill_memory(float value) {

@@ -47,6 +47,14 @@ struct Trace {
 // Decisions [images, marks of the axis] that replace a gate's own, per operator; null: the gate decides.
 using Forced = std::vector<Marks>;
 
+// Settings of gates, by the operator's place and the setting's name in programs.
+struct Change {
+    std::int64_t place;
+    std::string name;
+    double value;
+};
+using Changes = std::vector<Change>;
+
 // Several threads may call one engine at the same time: the first has the pool, others work alone meanwhile. The bits
 // of an answer depend on the image, the decisions and the instruction set only.
 class Engine {
@@ -58,11 +66,14 @@ public:
     Engine& operator=(const Engine&) = delete;
 
     // `out`: [N, C, H, W] of the program's output, contiguous. A trace is taken image by image, all threads on each.
-    void run(const Images& images, float* out, const Forced& forced = {}, Trace* trace = nullptr);
+    // `changes`: of settings, for this call alone. Throws std::invalid_argument where they don't fit.
+    void run(const Images& images, float* out, const Forced& forced = {}, Trace* trace = nullptr, const Changes& changes = {});
 
-    // A setting of a gate, by its name in programs, for calls that begin after. Throws std::invalid_argument.
-    void set(std::int64_t place, const std::string& name, double value);
-    GateSettings settings(std::size_t place) const;
+    // Changes settings for calls that begin after, which see all of the changes. Throws std::invalid_argument where one
+    // doesn't fit, and then makes none.
+    void set(const Changes& changes);
+    // Of every operator, as they stand together.
+    std::vector<GateSettings> settings();
 
     // Overwrites the memory that activations lie in while no call runs: whatever a call reads, it must have written.
     void fill_memory(float value);
@@ -79,13 +90,8 @@ private:
     struct State;   // what a fork leaves unusable
     class Lease;    // a context, or the pool, for the time of a call
 
-    struct LiveSettings {
-        std::atomic<int> channels, columns;
-        std::atomic<double> threshold;
-    };
-
     State& state();
-    void store(std::size_t place, const GateSettings& settings);
+    void apply(const Changes& changes, std::vector<GateSettings>& settings) const;
     void one(const Images& images, std::int64_t image, float* out, Context& context, Team& team, const Forced& forced,
              Trace* trace) const;
     // Runs an operator where its guard lets it.
@@ -100,7 +106,7 @@ private:
     Normalisation normalisation_;
     std::vector<std::unique_ptr<Step>> steps_;
     Needs needs_;
-    std::unique_ptr<LiveSettings[]> settings_;
+    std::vector<GateSettings> settings_;  // the state's mutex guards them
     std::atomic<State*> state_{nullptr};
 };
 

@@ -7,6 +7,9 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
+#if defined(__linux__)
+#include <sched.h>
+#endif
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -41,6 +44,15 @@ bool spin(Clock::duration limit, bool yield, Done done) {
     return done();
 }
 
+// Cores that the calling thread may use, those of the machine where the system doesn't say.
+int usable_cores() {
+#if defined(__linux__)
+    cpu_set_t cores;
+    if (sched_getaffinity(0, sizeof cores, &cores) == 0) return CPU_COUNT(&cores);
+#endif
+    return static_cast<int>(std::thread::hardware_concurrency());
+}
+
 std::atomic<unsigned> generation{0};
 
 }  // namespace
@@ -73,7 +85,7 @@ unsigned fork_generation() {
 }
 
 Pool::Pool(int threads) : shares_(static_cast<std::size_t>(std::max(threads, 1))) {
-    spin_ = static_cast<unsigned>(threads) <= std::thread::hardware_concurrency();  // else spinning takes work's place
+    spin_ = threads <= usable_cores();  // else spinning takes work's place
     workers_.reserve(static_cast<std::size_t>(threads > 1 ? threads - 1 : 0));
     try {
         for (int worker = 1; worker < threads; ++worker) workers_.emplace_back([this, worker] { serve(worker); });

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections import Counter
 from typing import Any
 
@@ -418,7 +419,7 @@ def test_the_native_setter_checks_what_it_is_given() -> None:
     program = network()
     native = Engine(program)._native
     clip, attention = program.gated["conv1"], program.gated["conv2"]
-    assert native.settings(attention) == {"kept_channels": 20, "kept_columns": 200}
+    assert native.settings()[attention] == {"kept_channels": 20, "kept_columns": 200}
     for place, name, value in (
         (attention, "winners", 3), (attention, "kept_channels", 0), (attention, "kept_channels", 33),
         (attention, "kept_columns", 1.5), (attention, "kept_columns", 401), (attention, "kept_columns", NAN),
@@ -426,6 +427,42 @@ def test_the_native_setter_checks_what_it_is_given() -> None:
         (0, "winners", 1), (-1, "winners", 1), (99, "winners", 1),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"\.$"):
-            native.set(place, name, value)
-    assert native.settings(attention) == {"kept_channels": 20, "kept_columns": 200}
-    assert native.settings(clip) == {"threshold": 0.3}
+            native.set([(clip, "threshold", 0.5), (place, name, value)])  # neither is made
+    for wrong in (3, [3], [(attention, "kept_channels")], [(True, "kept_channels", 3)], [(attention, 3, 3)]):
+        with pytest.raises(ValueError, match=r"\.$"):
+            native.set(wrong)
+    assert native.settings()[attention] == {"kept_channels": 20, "kept_columns": 200}
+    assert native.settings()[clip] == {"threshold": 0.3}
+
+
+def test_calls_see_all_of_a_change_or_nothing() -> None:
+    """What is set while others call: every answer is that of one whole setting, also while a budget is looked for."""
+    program = network()
+    engine, x = Engine(program), random_images(program, 1)
+    engine.set_density(0.25, columns=0.25)
+    low = engine(x).tobytes()
+    engine.set_density(1.0, columns=1.0)
+    high = engine(x).tobytes()
+    assert low != high
+    answers: set[bytes] = set()
+    done = threading.Event()
+
+    def call() -> None:
+        while not done.is_set():
+            answers.add(engine(x).tobytes())
+
+    callers = [threading.Thread(target=call) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    try:
+        for _ in range(200):
+            engine.set_density(0.25, columns=0.25)
+            engine.set_density(1.0, columns=1.0)
+        for _ in range(5):
+            with pytest.raises(ThriftyError, match="at least"):
+                engine.set_budget(1e-4, x)
+    finally:
+        done.set()
+        for caller in callers:
+            caller.join()
+    assert answers <= {low, high}

@@ -19,7 +19,7 @@ public:
 
     WinogradConvolution(const ConvShape& shape, const float* weight, const float* bias)
         : shape_(shape), bias_(bias), across_((shape.out_width + 1) / 2), down_((shape.out_height + 1) / 2),
-          narrow_(across_ * 2 == lanes || across_ * 4 == lanes),
+          narrow_(across_ * 2 == lanes || across_ * 4 == lanes), values_floats_(most_values(shape.in_channels)),
           weight_(new float[std::size_t(shape.out_channels) * places * shape.in_channels]) {
         for (int o = 0; o < shape.out_channels; ++o) {
             for (int i = 0; i < shape.in_channels; ++i) {
@@ -29,7 +29,7 @@ public:
     }
 
     std::size_t scratch() const override {
-        return index_floats() + values_floats() + std::size_t(max_rows) * places * sum_row + line_floats;
+        return index_floats() + values_floats_ + std::size_t(max_rows) * places * sum_row + line_floats;
     }
 
     int tasks(const ConvCall& call, int threads) const override {
@@ -51,7 +51,7 @@ public:
         const Channels out{call.active_out.index + channels.first, channels.last - channels.first};
         auto* const value = reinterpret_cast<std::ptrdiff_t*>(scratch);
         float* const values = scratch + index_floats();
-        float* const sums = values + values_floats();
+        float* const sums = values + values_floats_;
         for (int a = 0; a < in.count; ++a) value[a] = std::ptrdiff_t{a} * panel;
         const int most = block_of(in.count);
         const std::ptrdiff_t panel_step = std::ptrdiff_t{in.count} * panel;
@@ -86,9 +86,10 @@ private:
 
     std::size_t index_floats() const { return floats_of<std::ptrdiff_t>(shape_.in_channels); }
 
-    std::size_t values_floats() const {
+    // Of transformed inputs, however many are active.
+    static std::size_t most_values(int in_channels) {
         std::size_t most = 0;  // fewer channels have longer blocks
-        for (int inputs = 1; inputs <= shape_.in_channels; ++inputs) {
+        for (int inputs = 1; inputs <= in_channels; ++inputs) {
             most = std::max(most, std::size_t(places) * (inputs * block_of(inputs) * panel + apart));
         }
         return most;
@@ -284,5 +285,6 @@ private:
     const float* bias_;
     int across_, down_;                // tiles
     bool narrow_;                      // two or four rows of tiles in a vector
+    std::size_t values_floats_;
     std::unique_ptr<float[]> weight_;  // transformed: [out_channels][places][in_channels]
 };

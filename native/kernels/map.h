@@ -18,7 +18,7 @@ struct Map {
     int pixels() const { return height * width; }
 };
 
-// Whether a channel's rows lie without a gap between them, so that they can be taken for one. So they do in no map.
+// Whether a channel's rows lie without a gap between them, so that they can be taken for one. True of a map that is not there.
 inline bool gapless(const Map& map) { return map.data == nullptr || map.row == map.width; }
 
 // The channels of a map that are not known to be zero, in rising order.

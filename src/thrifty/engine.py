@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,6 +22,8 @@ from thrifty.strength import HIGHEST_THRESHOLD, find_strength
 from thrifty.zoo.programs import read_program
 
 Array = NDArray[Any]
+Change = tuple[int, str, float]
+"""Of a gate's setting: the operator's place, the setting's name, its value."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +95,7 @@ class Engine:
 
     One engine may be called from several Python threads at the same time. The answer for an image does not depend, to
     the bit, on the batch that it comes in, on the number of threads or on other calls; it may on the instruction set.
+    What is set while a call runs is for calls that begin after, and each sees all of it or nothing.
 
     Args:
         program: what to run.
@@ -161,10 +164,16 @@ class Engine:
         Raises:
             ThriftyError: x or a decision does not fit the program.
         """
+        return self._trace(x, decisions)
+
+    def _trace(
+        self, x: Any, decisions: Mapping[str, Decision] | None = None, changes: Sequence[Change] = ()
+    ) -> Trace:
+        """A trace with `changes` of settings that are for this call alone."""
         images, channels_last = self._images(x)
         forced = self._forced(decisions or {}, len(images))
         out = np.empty((len(images), *self._program.buffers[self._program.output]), np.float32)
-        found = self._run(self._native.trace, images, out, forced, channels_last)
+        found = self._run(self._native.trace, images, out, forced, channels_last, changes)
         layers = tuple(
             LayerTrace(operator.name, operator.kind, *values)
             for operator, *values in zip(
@@ -191,8 +200,7 @@ class Engine:
             *self._shares(density, ("winners", "kept_channels"), "density"),
             *self._shares(columns, ("kept_columns",), "density of columns"),
         ]
-        for place, setting, share, size in changes:
-            self._native.set(place, setting, kept(share, size))
+        self._native.set([(place, setting, kept(share, size)) for place, setting, share, size in changes])
 
     def set_threshold(self, threshold: float | Mapping[str, float]) -> None:
         """Change the scores above which gates compute, for calls that begin after.
@@ -211,10 +219,8 @@ class Engine:
         for pattern in threshold if isinstance(threshold, Mapping) else ():
             if not any(fnmatchcase(name, pattern) for name in gates):
                 raise ThriftyError(f"threshold names {pattern!r}, but no gate does. They are: {', '.join(gates)}.")
-        for name, (place, _) in gates.items():
-            chosen = density_for(threshold, name)
-            if chosen is not None:
-                self._native.set(place, "threshold", chosen)
+        chosen = {place: density_for(threshold, name) for name, (place, _) in gates.items()}
+        self._native.set([(place, "threshold", value) for place, value in chosen.items() if value is not None])
 
     def set_budget(self, share: float, x: Any) -> float:
         """Prune as much as it takes to cost at most `share` of the dense MACs, for calls that begin after.
@@ -240,36 +246,32 @@ class Engine:
         if not len(images):
             raise ThriftyError("there are no images to measure the cost on. Give at least one.")
         dense = sum(self._program.macs().values())
-        before = {place: self._native.settings(place) for place in self._gates.values()}
+        changes: list[Change] = []
 
         def cost(strength: float) -> float:
-            for place in self._gates.values():
-                self._set_strength(place, strength)
-            return float(self.trace(x).macs.mean()) / dense
+            changes[:] = [change for place in self._gates.values() for change in self._at_strength(place, strength)]
+            return float(self._trace(x, changes=changes).macs.mean()) / dense
 
-        try:
-            return find_strength(cost, share, "at the strength that it was compiled or saved with")
-        except BaseException:
-            for place, settings in before.items():
-                for setting, value in settings.items():
-                    self._native.set(place, setting, value)
-            raise
+        reached = find_strength(cost, share, "at the strength that it was compiled or saved with")
+        self._native.set(changes)
+        return reached
 
-    def _set_strength(self, place: int, strength: float) -> None:
+    def _at_strength(self, place: int, strength: float) -> Iterator[Change]:
         made = self._made.operators[place]
         for setting in SETTINGS[str(made.gate)]:
             if setting == "threshold":
-                self._native.set(place, setting, max(made.setting(setting), min(strength, HIGHEST_THRESHOLD)))
+                yield place, setting, max(made.setting(setting), min(strength, HIGHEST_THRESHOLD))
             else:
                 size = self._size(place, setting)
-                self._native.set(place, setting, kept(1 - (1 - made.setting(setting) / size) * strength, size))
+                yield place, setting, kept(1 - (1 - made.setting(setting) / size) * strength, size)
 
     @property
     def program(self) -> Program:
         """The program as it runs now, with the densities and thresholds that are set."""
         changed = {}
+        now = self._native.settings()
         for name, place in self._gates.items():
-            settings = self._native.settings(place)
+            settings = now[place]
             operator = self._program.operators[place]
             if any(operator.setting(key) != value for key, value in settings.items()):
                 changed[name] = settings
@@ -280,8 +282,9 @@ class Engine:
     @property
     def density(self) -> float:
         """Mean share of channels kept by the gates that keep a share of them, 1 where there is none."""
+        now = self._native.settings()
         shares = [
-            self._native.settings(place)[setting] / self._size(place, setting)
+            now[place][setting] / self._size(place, setting)
             for name, place in self._gates.items()
             for setting in SETTINGS[str(self._program.operators[place].gate)]
             if setting in {"winners", "kept_channels"}
@@ -404,9 +407,13 @@ def load(path: str | Path, threads: int = 1) -> Engine:
 def _restored(made: Program, now: Program, threads: int) -> Engine:
     """An engine for the program `made`, with its gates set as they are in `now`."""
     engine = Engine(made, threads)
-    for place in engine._gates.values():
-        for setting in SETTINGS[str(made.operators[place].gate)]:
-            engine._native.set(place, setting, now.operators[place].setting(setting))
+    engine._native.set(
+        [
+            (place, setting, now.operators[place].setting(setting))
+            for place in engine._gates.values()
+            for setting in SETTINGS[str(made.operators[place].gate)]
+        ]
+    )
     return engine
 
 
