@@ -332,6 +332,19 @@ class Frames(Net):
         return self.fc(frames.mean((2, 3)).reshape(n, -1))
 
 
+class Rearranged(Net):
+    """Powers, channels that are picked by numbers, and a border that no maximum takes."""
+
+    def __init__(self) -> None:
+        super().__init__(c0=conv_bn(3, 8), c1=conv_bn(8, 8), c2=conv_bn(8, 6), fc=nn.Linear(6, 5))
+        self.register_buffer("order", torch.tensor([6, 1, 3, 0, 7, 5, 2, 4]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c1(self.c0(x) ** 2)[:, self.order]
+        x = F.max_pool2d(F.pad(x, (0, 1, 1, 0), value=float("-inf")), 3, 2)
+        return self.fc(self.c2(x).pow(2).mean((2, 3)))
+
+
 def plain_sequential() -> nn.Module:
     return nn.Sequential(
         conv_bn(3, 8), conv_bn(8, 12, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5)
@@ -343,6 +356,6 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     for cls in (
         Functional, FlattenedMap, Residual, PaddedOnly, Concat, SqueezeExcite, GroupedShuffle, Split, PreActivation,
         NoNorm, OddNorms, TwoReaders, Shared, FunctionalConv, ConvHead, Upsampled, Auxiliary, Alias, TiedNorms,
-        ReadsAttributes, Branching, WrittenView, Frames,
+        ReadsAttributes, Branching, WrittenView, Frames, Rearranged,
     )
 } | {"Sequential": plain_sequential}  # fmt: skip

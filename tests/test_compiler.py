@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -55,7 +56,9 @@ def test_dense_and_dynamic(dtype: torch.dtype) -> None:
 def test_photographs() -> None:
     model = NETS["Functional"]().eval()
     x = torch.randn(1, 3, 16, 16)
-    engine = thrifty.compile(model, x, preprocessing=Preprocessing((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)), classes="abcde")
+    engine = thrifty.compile(
+        model, x, preprocessing=Preprocessing((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)), classes=list("abcde")
+    )
     assert engine.program.classes == ("a", "b", "c", "d", "e")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     inputs = (pixels / 255 - (0.5, 0.4, 0.3)) / (0.2, 0.3, 0.4)
@@ -84,12 +87,24 @@ def test_an_engine_that_differs_from_its_model_is_refused() -> None:
         lambda x: x * x[0, 0, 0].tolist()[0],
         lambda x: x * float(x.detach().numpy().std()),
         lambda x: x / x.shape[0],
+        lambda x: x if len(x) > 1 else 2 * x,
     ],
 )
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_what_is_frozen_of_the_example_is_refused(function: Callable[[Tensor], Tensor], count: int) -> None:
     with pytest.raises(LoweringError, match="what left torch"):
         thrifty.compile(Written(function), torch.randn(count, 3, 16, 16))
+
+
+def test_what_is_no_plain_module_is_refused_by_name() -> None:
+    x = torch.randn(2, 3, 16, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        scripted = torch.jit.script(nn.Conv2d(3, 4, 1))
+    with pytest.raises(LoweringError, match="not the ScriptModule"):
+        thrifty.compile(scripted, x)
+    with pytest.raises(LoweringError, match="must be a list of names"):
+        thrifty.compile(nn.Conv2d(3, 4, 1), x, classes="abcd")
 
 
 def test_a_model_may_write_to_its_input() -> None:
@@ -128,7 +143,7 @@ def test_compiling_in_inference_mode() -> None:
 
 def test_an_answer_of_another_shape_is_refused() -> None:
     weight = torch.randn(1, 1, 1, 1)
-    with pytest.raises(LoweringError, match=r"but the model's is \[1, 1, 3, 3\]"):
+    with pytest.raises(LoweringError, match=r"but the model's is \[1, 1, 1, 3\]"):
         thrifty.compile(Written(lambda x: x.mean((2, 3)) * weight), torch.randn(2, 3, 16, 16))
 
 

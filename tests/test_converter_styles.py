@@ -24,6 +24,7 @@ ALL = FBS(density=1.0, max_overhead=1e9)
 
 GATED = {
     "Functional": "c1 c2",
+    "Rearranged": "c0.0 c1.0 c2.0",
     "FlattenedMap": "c.0",
     "Residual": "c0.0 c1 c2 c3 c4.0",
     "PaddedOnly": "c0.0 c1.0",

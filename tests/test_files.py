@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from thrifty.errors import ThriftyError
-from thrifty.files import clear_partial, make_directory, replacing, sha256, write_text
+from thrifty.files import check_writable, clear_partial, make_directory, replacing, sha256, write_text
 
 
 def names(directory) -> list[str]:
@@ -28,6 +28,39 @@ def test_new_content_replaces_old_and_directories_are_made(tmp_path):
     write_text(path, "neu: ä")
     assert path.read_text(encoding="utf-8") == "neu: ä"
     assert names(path.parent) == ["file.txt"]
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path):
+    link, path = tmp_path / "link", tmp_path / "other" / "file.txt"
+    link.symlink_to(path)
+    for text in ("first", "second"):
+        write_text(link, text)
+        assert link.is_symlink()
+        assert path.read_text() == text
+    assert names(tmp_path) == ["link", "other"]
+    assert names(path.parent) == ["file.txt"]
+
+
+def test_what_is_no_regular_file_is_left_alone(tmp_path):
+    pipe, circle = tmp_path / "pipe", tmp_path / "circle"
+    os.mkfifo(pipe)
+    circle.symlink_to(circle)
+    for path in (pipe, tmp_path, circle, tmp_path / "a\0b", tmp_path / ("x" * 300)):
+        for write in (check_writable, lambda path: write_text(path, "text")):
+            with pytest.raises(ThriftyError, match=r"^cannot write .* Choose another place\.$"):
+                write(path)
+    assert names(tmp_path) == ["circle", "pipe"]
+    assert pipe.is_fifo()
+
+
+def test_a_place_can_be_tried_without_writing(tmp_path):
+    path = tmp_path / "file.txt"
+    check_writable(path)
+    assert names(tmp_path) == []
+    write_text(path, "old")
+    check_writable(path)
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["file.txt"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -228,6 +228,8 @@ REFUSED_CASES: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "crop": (lambda m, x: m.conv(x[:, :, 1:, 1:]), "cropped"),
     "space to depth": (lambda m, x: m.conv(F.pixel_shuffle(x, 2).expand(-1, 4, -1, -1)), "moved between channels"),
     "limits": (lambda m, x: x.clamp(-1, 1), r"limits values to \[-1, 1\]"),
+    "dropout that is always on": (lambda m, x: F.dropout(x), "draws at random, .* training=self.training"),
+    "noise": (lambda m, x: x + torch.randn_like(x), "randn_like .*draws at random"),
     "powers": (lambda m, x: x**3, "power 3"),
     "indices of maxima": (lambda m, x: F.max_pool2d(x, 2, return_indices=True)[1] * 1.0, "indices of maxima"),
     "quotients": (lambda m, x: x / (x * x + 1), "divides by values"),

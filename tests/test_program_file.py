@@ -173,7 +173,10 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         load_program(path)
     with pytest.raises(ProgramError, match="there is no file"):
         load_program(tmp_path / "nothing.thrifty")
-    with pytest.raises(ProgramError, match="there is no file"):
+    for name in ("x" * 300, "a\0b"):
+        with pytest.raises(ProgramError, match="there is no file"):
+            thrifty.load(name)
+    with pytest.raises(ProgramError, match="is no file"):
         load_program(tmp_path)
     for content in (b"", b"x", b"\xff" * 100, b"\x08" + b"\0" * 7 + b"{}      "):
         path.write_bytes(content)

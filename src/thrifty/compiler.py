@@ -22,8 +22,8 @@ TOLERANCE = 1e-3
 ROUNDINGS = 16
 """So many of its own roundings are allowed to a model of half precision, where they are more than that."""
 
-CHECKED = IMAGES + 1
-"""Images that the check looks at, not as many as lowering looks at."""
+CHECKED = (1, IMAGES + 1)
+"""Images that the check looks at, at a time: not as many as lowering looks at."""
 
 
 def compile(  # noqa: A001 (nobody needs Python's own in here, and users read thrifty.compile)
@@ -49,14 +49,14 @@ def compile(  # noqa: A001 (nobody needs Python's own in here, and users read th
         ThriftyError: `threads` is out of range.
     """
     engine = Engine(lower(model, example, preprocessing, classes), threads)
-    if check:
-        _check(engine, model, _others(example))
+    for count in CHECKED if check else ():
+        _check(engine, model, _others(example, count))
     return engine
 
 
-def _others(example: Tensor) -> Tensor:
-    """Images like those of the example, another number of them: what was frozen of it is wrong for these."""
-    rows = torch.arange(CHECKED, device=example.device) % len(example)
+def _others(example: Tensor, count: int) -> Tensor:
+    """Images like those of the example, so many of them: what was frozen of it is wrong for these."""
+    rows = torch.arange(count, device=example.device) % len(example)
     return example.detach()[rows].flip(-1) * 0.9
 
 

@@ -56,6 +56,8 @@ def check_patterns(density: Density, names: Iterable[str]) -> None:
         check_density(value)
     names = tuple(names)
     for pattern in density if isinstance(density, Mapping) else ():
+        if not isinstance(pattern, str):
+            raise ThriftyError(f"{pattern!r} is no pattern of names: give a string, such as 'layer*'.")
         if not any(fnmatchcase(name, pattern) for name in names):
             layers = f"They are: {', '.join(names)}." if names else "There is none: the model's `conversion` says why."
             raise ThriftyError(f"{pattern!r} fits the name of no gated layer. {layers}")

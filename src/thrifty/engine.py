@@ -166,9 +166,7 @@ class Engine:
         """
         return self._trace(x, decisions)
 
-    def _trace(
-        self, x: Any, decisions: Mapping[str, Decision] | None = None, changes: Sequence[Change] = ()
-    ) -> Trace:
+    def _trace(self, x: Any, decisions: Mapping[str, Decision] | None = None, changes: Sequence[Change] = ()) -> Trace:
         """A trace with `changes` of settings that are for this call alone."""
         images, channels_last = self._images(x)
         forced = self._forced(decisions or {}, len(images))

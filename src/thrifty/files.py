@@ -8,14 +8,16 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from thrifty.errors import ThriftyError
 
-ELSEWHERE = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS}
+ELSEWHERE = {
+    errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.ENAMETOOLONG,
+}  # fmt: skip
 """Errors of writing that no free space mends."""
 
 
@@ -23,22 +25,25 @@ ELSEWHERE = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPER
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and renamed over `path`.
 
+    A link stays one: what it points to is replaced.
+
     Raises:
-        ThriftyError: the directory cannot be written or the disk is full; `path` is untouched then.
+        ThriftyError: the directory cannot be written, the disk is full, or `path` is there but is no regular file;
+            it is untouched then.
     """
-    path = Path(path)
+    target = _target(path)
     temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
         os.close(handle)
         temporary = Path(name)
         yield temporary
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
-        mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
+        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
         temporary.chmod(mode)
-        temporary.replace(path)
+        temporary.replace(target)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         reason = getattr(error, "strerror", None) or str(error)
         advice = "Choose" if getattr(error, "errno", None) in ELSEWHERE else "Free some space or choose"
@@ -46,6 +51,20 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """An error, before anything takes long, where `replacing` could not write `path`; nothing is written.
+
+    Raises:
+        ThriftyError: as `replacing` does.
+    """
+    with suppress(_Enough), replacing(path):
+        raise _Enough
+
+
+class _Enough(Exception):  # noqa: N818 (it tells of no error)
+    """Ends a writing that was a trial."""
 
 
 def make_directory(path: str | Path) -> None:
@@ -62,7 +81,7 @@ def make_directory(path: str | Path) -> None:
 
 def clear_partial(path: str | Path) -> None:
     """Remove what killed processes have left of `path` in `replacing`; no other process may be writing it."""
-    path = Path(path)
+    path = _target(path)
     for partial in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         partial.unlink(missing_ok=True)
 
@@ -80,6 +99,20 @@ def sha256(path: str | Path) -> str:
         for block in iter(lambda: stream.read(1 << 20), b""):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _target(path: str | Path) -> Path:
+    """Where `path` leads, which is a regular file or nothing yet."""
+    try:
+        target = Path(path).resolve()
+        special = target.exists() and not target.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name that no system takes
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ThriftyError(f"cannot write {str(path)!r}: {reason}. Choose another place.") from error
+    if special:
+        kind = "a directory" if target.is_dir() else "a device or a pipe, not a file"
+        raise ThriftyError(f"cannot write {path}: it is {kind}. Choose another place.")
+    return target
 
 
 def _umask() -> int:

@@ -6,6 +6,7 @@ value is zero because of that. None: all are active.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -161,7 +162,14 @@ def _padded(call: Call) -> Tensor | None:
         active = torch.ones(call.args[0].shape, dtype=torch.bool, device=call.args[0].device)
         if not any(size > 0 for size in call.args[1]):
             return None
-    return aten.constant_pad_nd(active, call.args[1], bool(value))
+    return aten.constant_pad_nd(
+        active, call.args[1], value not in (0, -math.inf)
+    )  # -inf is for maxima, which it never is
+
+
+def _power(call: Call) -> Tensor | None:
+    exponent = call.args[1]
+    return same(call) if isinstance(exponent, (int, float)) and exponent > 0 else None
 
 
 def _joined_channels(call: Call) -> Tensor | None:
@@ -289,6 +297,7 @@ def _table() -> dict[Any, Callable[[Call], Any]]:
         aten.hardtanh: _hard_tanh,
         aten.hardtanh_: _hard_tanh,
         aten.addcmul: _added_product,
+        aten.pow: _power,
         aten.as_strided: _restrided,
         aten.as_strided_: _restrided,
     }
@@ -298,8 +307,8 @@ def _table() -> dict[Any, Callable[[Call], Any]]:
         "_to_copy lift_fresh lift_fresh_copy square",
         _reshaped: "view _unsafe_view reshape _reshape_alias flatten unflatten",
         _moved: "permute transpose t slice select split split_with_sizes chunk unbind expand repeat unsqueeze squeeze "
-        "flip roll index_select channel_shuffle native_channel_shuffle pixel_shuffle pixel_unshuffle unfold movedim "
-        "swapaxes",
+        "flip roll index index_select gather channel_shuffle native_channel_shuffle pixel_shuffle pixel_unshuffle "
+        "unfold movedim swapaxes",
         _mirrored: "reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d",
         _union: "add add_ sub sub_ maximum minimum",
         _intersection: "mul mul_",
@@ -308,10 +317,10 @@ def _table() -> dict[Any, Callable[[Call], Any]]:
         "adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d",
         everything: "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm "
         "batch_norm instance_norm native_layer_norm native_group_norm sigmoid sigmoid_ hardsigmoid hardsigmoid_ exp "
-        "softplus _softmax softmax _log_softmax log rsqrt reciprocal pow var_mean var std std_mean zeros ones full eye "
+        "softplus _softmax softmax _log_softmax log rsqrt reciprocal var_mean var std std_mean zeros ones full eye "
         "empty zeros_like ones_like full_like empty_like new_zeros new_ones arange eq ne lt le gt ge logical_not "
         "argmax where sort topk copy_ fill_ zero_ rand rand_like randn bernoulli bernoulli_ _local_scalar_dense "
-        "scalar_tensor sin cos erf linspace meshgrid im2col col2im index gather scatter cumsum rsub sym_size "
+        "scalar_tensor sin cos erf linspace meshgrid im2col col2im scatter cumsum rsub sym_size "
         "floor_divide remainder "
         "masked_fill native_dropout_backward logical_and logical_or bitwise_not "
         "bitwise_and bitwise_or linalg_vector_norm norm isfinite all any item",

@@ -9,6 +9,7 @@ of each output, which is what folding a normalisation makes: of such a tensor it
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,9 @@ def load_program(path: str | Path, weights: str | Path | None = None) -> Program
         ProgramError: there is no such file, or it is damaged, of a newer version, or not a valid program.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ProgramError(f"there is no file {path}.")
     try:
+        if not os.path.isfile(path):  # unlike path.is_file() also false where no system has such a name
+            raise ProgramError(f"{path} is no file." if os.path.exists(path) else f"there is no file {path}.")
         with safe_open(path, "numpy") as file:
             text = (file.metadata() or {}).get(KEY)
             if text is None:

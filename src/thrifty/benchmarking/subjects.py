@@ -68,6 +68,7 @@ def find_subject(
     density: float = 0.5,
     images: int = IMAGES,
     settings: Mapping[str, Any] | None = None,
+    channels: int | None = None,
 ) -> Subject:
     """The network that `source` names.
 
@@ -80,6 +81,7 @@ def find_subject(
         density: that the dynamic network starts at.
         images: number of images that the random gates are fitted to.
         settings: others of the method; they make the density the method's own.
+        channels: of an image; if not given, the model's own, 3 for a network's name.
 
     Raises:
         ThriftyError: there is no such network, it does not take images of this size, it cannot be lowered, or it is
@@ -88,6 +90,7 @@ def find_subject(
     chosen = method not in {None, "none"} or where or settings
     if source.endswith(SUFFIX):
         subject = _of_program(source, image)
+        _check_channels(source, channels, subject.shape[0])
         if chosen or (method == "none" and subject.dynamic is not None):
             raise ThriftyError(f"{source} is a program as it is: leave --method, --where and --set out.")
         return subject
@@ -104,6 +107,7 @@ def find_subject(
         size = card.size
         if image not in {None, size}:
             raise CheckpointError(f"{source} takes images of {size} px, --image {image} was given.")
+        _check_channels(source, channels, 3)
         preprocessing = Preprocessing(card.mean, card.std)
         if card.method is not None:
             if where or settings or method not in {None, card.method["name"]}:
@@ -112,7 +116,7 @@ def find_subject(
     else:
         model, size, preprocessing = build_net(source), image or usual_size(source), None
     model = model.eval()
-    example = torch.zeros(1, 3, size, size)
+    example = torch.zeros(1, channels or 3, size, size)
     dense = lower(model, example)
     method = method or "fbs"
     if method == "none":
@@ -124,6 +128,11 @@ def find_subject(
         raise ThriftyError(f"{method} gates no layer of {source}: `thrifty convert {source}` tells why.")
     randomise_gates(dynamic, torch.from_numpy(random_images(images, dense.buffers[0])))
     return Subject(source, dense, model, lower(dynamic, example), method, not usual or bool(settings))
+
+
+def _check_channels(source: str, asked: int | None, own: int) -> None:
+    if asked not in {None, own}:
+        raise CheckpointError(f"{source} takes images of {own} channels, --channels {asked} was given.")
 
 
 def random_images(count: int, shape: Shape, seed: int = 0) -> NDArray[np.float32]:

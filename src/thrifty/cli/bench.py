@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from thrifty.cli.options import (
+    Channels,
     Json,
     MeasuredMethod,
     MethodSettings,
@@ -19,7 +21,7 @@ from thrifty.cli.options import (
 )
 from thrifty.cli.output import console, millions, number, print_json, table
 from thrifty.errors import ThriftyError, require
-from thrifty.files import replacing
+from thrifty.files import check_writable, replacing
 from thrifty.machine import machine, native_features, versions
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ def run(
             "what its gates decide, and so its time, depends on them. [default: random images]",
         ),
     ] = None,
+    channels: Channels = None,
     layers: Annotated[bool, typer.Option("--layers", help="Also time each of our layers.")] = False,
     seconds: Annotated[float, typer.Option(min=0.01, help="Time of measured calls for each row.")] = 1.5,
     as_json: Json = False,
@@ -88,6 +91,10 @@ def run(
     from thrifty.benchmarking.subjects import IMAGES, find_subject  # noqa: PLC0415
     from thrifty.benchmarking.subjects import photographs as read_photographs  # noqa: PLC0415
 
+    if not math.isfinite(seconds):
+        raise ThriftyError(f"--seconds is {seconds}, but must be finite.")
+    if output is not None:
+        check_writable(output)
     wanted = [] if peers == ["none"] else list(peers or PEERS)
     bench.check_peers(wanted)
     files = None if photographs is None else _files(photographs)
@@ -96,7 +103,9 @@ def run(
         check_has_density(method)
     settings = settings_of(changes or ())
     subjects = [
-        find_subject(name, image, method, where or (), images=max(IMAGES, *batches), settings=settings)
+        find_subject(
+            name, image, method, where or (), images=max(IMAGES, *batches), settings=settings, channels=channels
+        )
         for name in models
     ]
     for subject in subjects:

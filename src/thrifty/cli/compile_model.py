@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from thrifty.cli.options import Density, MethodSettings, check_has_density, open_model, settings_of
+from thrifty.cli.options import Channels, Density, MethodSettings, check_has_density, open_model, settings_of
 from thrifty.cli.output import console
 from thrifty.errors import ThriftyError
 from thrifty.onnx_export import save_onnx
@@ -35,6 +35,7 @@ def run(
     image: Annotated[
         int | None, typer.Option(min=1, help="Of a network: height and width in pixels; 32 for the zoo's, else 224.")
     ] = None,
+    channels: Channels = None,
     method: Annotated[
         str | None, typer.Option(help="Of a network: make it dynamic first, with random gates: fbs, antidote …")
     ] = None,
@@ -49,13 +50,15 @@ def run(
     if output.suffix not in {".thrifty", ONNX}:
         raise ThriftyError(f"the output is {output}, but must end in .thrifty or {ONNX}.")
     if _is_trained(model):
-        if image is not None or method is not None or changes:
-            raise ThriftyError(f"{model} is a trained model as it is: leave --image, --method and --set out.")
+        if image is not None or channels is not None or method is not None or changes:
+            raise ThriftyError(
+                f"{model} is a trained model as it is: leave --image, --channels, --method and --set out."
+            )
         program = _trained(model, net, density)
     else:
         if net is not None:
             raise ThriftyError(f"{model} is a network itself: leave --net out.")
-        program = _network(model, image, method, density, settings_of(changes or ()))
+        program = _network(model, image, channels, method, density, settings_of(changes or ()))
     (save_onnx if output.suffix == ONNX else save_program)(program, output)
     lines = str(program).splitlines()
     for line in lines if show else lines[-1:]:
@@ -77,7 +80,12 @@ def _trained(model: str, net: str | None, density: float | None) -> Program:
 
 
 def _network(
-    model: str, image: int | None, method: str | None, density: float | None, settings: dict[str, Any]
+    model: str,
+    image: int | None,
+    channels: int | None,
+    method: str | None,
+    density: float | None,
+    settings: dict[str, Any],
 ) -> Program:
     from thrifty.benchmarking.subjects import find_subject  # noqa: PLC0415
     from thrifty.methods import METHODS  # noqa: PLC0415
@@ -91,6 +99,11 @@ def _network(
                 f"--density was given, but {method} takes settings of its own here: give --set key=value."
             )
     subject = find_subject(
-        model, image, method or "none", density=0.5 if density is None else density, settings=settings
+        model,
+        image,
+        method or "none",
+        density=0.5 if density is None else density,
+        settings=settings,
+        channels=channels,
     )
     return subject.dense if subject.dynamic is None else subject.dynamic

@@ -10,7 +10,7 @@ import typer
 
 import thrifty
 from thrifty import machine
-from thrifty.cli.options import Json, MeasuredMethod, MethodSettings, check_has_density, settings_of
+from thrifty.cli.options import Channels, Json, MeasuredMethod, MethodSettings, check_has_density, settings_of
 from thrifty.cli.output import console, millions, number, print_json, table
 from thrifty.errors import ThriftyError
 
@@ -22,6 +22,7 @@ def run(
         str | None, typer.Argument(help="Also: why this model is not faster. As `thrifty bench` takes it.")
     ] = None,
     image: Annotated[int | None, typer.Option(min=1, help="Height and width in pixels, as in `bench`.")] = None,
+    channels: Channels = None,
     method: MeasuredMethod = None,
     changes: MethodSettings = None,
     density: Annotated[float | None, typer.Option(help="Share of channels kept, in (0, 1].")] = None,
@@ -34,9 +35,9 @@ def run(
     cost more than they save, each with what to do about it.
     """
     if model is not None:
-        _diagnose(model, image, method, settings_of(changes or ()), density, threads or 1, as_json)
+        _diagnose(model, image, channels, method, settings_of(changes or ()), density, threads or 1, as_json)
         return
-    if any(given is not None for given in (image, method, changes, density, threads)):
+    if any(given is not None for given in (image, channels, method, changes, density, threads)):
         raise ThriftyError("these options are for a model's diagnosis: give a MODEL too.")
     report = examine()
     if as_json:
@@ -81,6 +82,7 @@ def _text(value: Any) -> str:
 def _diagnose(
     model: str,
     image: int | None,
+    channels: int | None,
     method: str | None,
     settings: dict[str, Any],
     density: float | None,
@@ -92,7 +94,9 @@ def _diagnose(
 
     if density is not None:
         check_has_density(method)
-    subject = find_subject(model, image, method, density=0.5 if density is None else density, settings=settings)
+    subject = find_subject(
+        model, image, method, density=0.5 if density is None else density, settings=settings, channels=channels
+    )
     found = diagnose(subject, density, threads)
     if as_json:
         values = {

@@ -23,7 +23,12 @@ KEPT = {"ran": "ran", "channels": "channels kept", "columns": "columns kept"}
 
 def run(
     model: Model,
-    data: Annotated[str, typer.Option(help="sample (ships with thrifty), folder, cifar10 or cifar100.")] = "sample",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="sample (ships with thrifty), folder, cifar10 or cifar100. [default: folder with --root, else sample]"
+        ),
+    ] = None,
     root: Annotated[
         Path | None,
         typer.Option(help="Of folder: <root>/<class>/*.jpg or <root>/test/<class>/*.jpg. Of CIFAR: the download."),
@@ -42,7 +47,7 @@ def run(
     from thrifty.evaluation import evaluate  # noqa: PLC0415 (needs torch)
 
     opened, card = open_model(model, net, density)
-    loader = photographs(card, data, root, split)
+    loader = photographs(card, data or ("sample" if root is None else "folder"), root, split)
     evaluation = evaluate(opened, loader)
     result = _result(model, evaluation, card.classes)
     if as_json:

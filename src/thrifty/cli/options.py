@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from thrifty.benchmarking.peers import PEERS
 from thrifty.errors import CheckpointError, DataError, ThriftyError
 
 if TYPE_CHECKING:
@@ -41,11 +42,13 @@ MethodSettings = Annotated[
     typer.Option("--set", help="A setting of the method as key=value, such as columns=0.5; repeatable."),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")]
+Channels = Annotated[int | None, typer.Option(min=1, help="Of a network: channels of an image. [default: 3]")]
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 """Of pictures in folders."""
 
-WORDS = frozenset({"onnxruntime", "openvino", "torch", "none"})
+WORDS = frozenset({*PEERS, "none"})
+"""That follow --peers."""
 
 
 class Several(TyperCommand):
@@ -74,11 +77,14 @@ def _is_value(text: str) -> bool:
 def open_model(source: str, net: str | None, density: float | None) -> tuple[nn.Module, ModelCard]:
     """The model that a command was asked for, in evaluation mode, at the density asked for."""
     from thrifty.dynamic import Dynamic  # noqa: PLC0415 (torch is imported by commands that need it)
-    from thrifty.zoo.resolve import build_net  # noqa: PLC0415
+    from thrifty.zoo.resolve import build_net, is_own  # noqa: PLC0415
     from thrifty.zoo.store import find_weights, load_model, read_card  # noqa: PLC0415
 
     path = find_weights(source)
-    model, card = load_model(path, None if net is None else build_net(net, **read_card(path).arguments))
+    card = read_card(path)
+    if net is not None and not is_own(card.net) and net != card.net:
+        raise ThriftyError(f"{source} holds weights of {card.net}, which thrifty makes by itself: leave --net out.")
+    model, card = load_model(path, None if net is None else build_net(net, **card.arguments))
     if density is not None:
         if not isinstance(model, Dynamic):
             raise ThriftyError(f"--density was given, but {source} is a dense model.")
@@ -171,6 +177,10 @@ def photographs(
     from thrifty.data import sources  # noqa: PLC0415
     from thrifty.data.loader import EvaluationLoader  # noqa: PLC0415
 
+    if source == "sample" and root is not None:
+        raise ThriftyError(
+            f"--root {root} was given, but the sample ships with thrifty: give --data folder, or no --root."
+        )
     images = sources.load(source, root, split, card.size, in_memory)
     if images.classes != card.classes:
         raise ThriftyError(

@@ -11,7 +11,6 @@ from thrifty.cli.options import (
     Density,
     Net,
     Predictor,
-    Threads,
     check_classes,
     open_model,
     picture_files,
@@ -35,7 +34,9 @@ def run(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON document for each picture, one a line.")
     ] = False,
-    threads: Threads = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; if not given, 1 for a program, else torch's choice.")
+    ] = None,
 ) -> None:
     """Class, confidence and MACs of each picture.
 

@@ -85,7 +85,7 @@ def _edge(path: Path) -> int:
 def _split_directory(root: Path, split: str) -> Path:
     if not root.is_dir():
         raise DataError(
-            f"there is no directory {root}. Give the root of an ImageFolder: --root, in a recipe data.root."
+            f"there is no directory {root}. Give the root of an ImageFolder: --root, or data.root in a recipe."
         )
     names = ("train",) if split == "train" else ("test", "val")
     for name in names:

@@ -47,6 +47,10 @@ def lower(
     """
     if not isinstance(model, nn.Module):
         raise LoweringError(f"lower takes a torch.nn.Module, not a {type(model).__name__}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise LoweringError("lower takes the module that was scripted or traced, not the ScriptModule made of it.")
+    if isinstance(classes, str):
+        raise LoweringError(f"classes is {classes!r}, but must be a list of names.")
     if not isinstance(example, Tensor) or example.ndim != 4 or not example.is_floating_point():
         given = f"{example.dtype} {tuple(example.shape)}" if isinstance(example, Tensor) else type(example).__name__
         raise LoweringError(f"example must be a batch of float images [N, C, H, W], not {given}.")

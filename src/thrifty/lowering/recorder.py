@@ -119,6 +119,12 @@ class _Recorder(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         if any(isinstance(frame.module, Gate) for frame in self.frames):
             return output
+        if torch.Tag.nondeterministic_seeded in func.tags and func.overloadpacket not in RULES:
+            self.graph.scope, self.graph.place = self._scope(), _users_place()
+            with self._naming(func.overloadpacket.__name__, f" Supported are: {SUPPORTED}."):
+                raise LoweringError(
+                    "draws at random, as programs don't: give dropout that is called as a function training=self.training"
+                )
         if not self._reads_tracked((args, kwargs)):
             return output
         with self._naming(func.overloadpacket.__name__, f" Supported are: {SUPPORTED}."):

@@ -159,8 +159,8 @@ class BudgetConfig(MethodConfig, ABC):
         super().__post_init__()
         self.check_number("target", "a share of MACs in (0, 1]", lambda target: 0 < target <= 1)
         self.check_number("relax", "a share of training in [0, 1]", lambda relax: 0 <= relax <= 1)
-        for field in ("rate", "max_overhead"):
-            self.check_number(field, "a finite number, 0 or more", lambda value: value >= 0)
+        for setting in ("rate", "max_overhead"):
+            self.check_number(setting, "a finite number, 0 or more", lambda value: value >= 0)
 
     def measure(self, model: Dynamic, example: Tensor) -> None:
         """Measure how MACs depend on each gate."""

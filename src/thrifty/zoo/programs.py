@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from thrifty.errors import CheckpointError
@@ -19,7 +20,7 @@ def read_program(source: str | Path) -> Program:
         ProgramError: the file is missing or damaged.
     """
     path = Path(source)
-    found = None if path.is_file() else {record.name: record for record in records()}.get(str(source))
+    found = None if os.path.isfile(path) else {record.name: record for record in records()}.get(str(source))
     if found is None:
         return load_program(path)
     if found.program_sha256 is None or not found.program.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def load_model(source: str | Path, net: nn.Module | None = None) -> tuple[nn.Mod
 def find_weights(source: str | Path) -> Path:
     """The file behind a zoo model's name or a path."""
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     shipped = {known.name: known for known in records()}
     found = shipped.get(str(source))
