@@ -187,7 +187,10 @@ def test_an_engine_keeps_to_the_budget_that_the_model_keeps_to(method: MethodCon
     reached = engine.set_budget(share, x)
     assert reached == pytest.approx(float(engine.trace(x).macs.mean()) / dense)
     assert share - 0.12 < reached <= share
-    assert set_budget(dynamic, share, x) == pytest.approx(reached, abs=0.02)
+    assert set_budget(dynamic, np.float32(share), x) == pytest.approx(reached, abs=1e-6)
+    operators = lower(dynamic, x).operators
+    for name, place in engine.program.gated.items():
+        assert operators[place].attributes == engine.program.operators[place].attributes, name
     now = str(engine.program)
     with pytest.raises(ThriftyError, match="at least"):
         engine.set_budget(0.001, x)

@@ -151,6 +151,17 @@ def test_a_proposal_costs_what_it_says_and_is_what_a_recipe_makes_of_it(method: 
     torch.testing.assert_close(fresh(x), dynamic(x), rtol=0, atol=0)
 
 
+def test_a_recipe_keeps_the_other_settings_of_the_method() -> None:
+    _, model, batches = toy()
+    method = AntiDote(channels=0.5, columns=0.5, straight_through=True, sparsity=0.05, ascent=(0.0, 0.1))
+    dynamic = convert(model, method, batches[0][0][:1])
+    proposal = tune(dynamic, batches, blocks(dynamic), RATIOS).propose(0.8, floor=1.0)
+    recipe = yaml.safe_load(proposal.recipe)["method"]
+    assert recipe.pop("name") == "antidote"
+    made = method_config("antidote", recipe)
+    assert (made.straight_through, made.sparsity, made.ascent) == (True, 0.05, (0.0, 0.1))
+
+
 def synthetic(curves: list[list[tuple[float, float]]]) -> Sensitivity:
     """A sweep whose costs add up: of each group the points' (loss, share of the dense MACs saved)."""
     ratios = [round(0.1 * (i + 1), 1) for i in range(9)]

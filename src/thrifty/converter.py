@@ -15,7 +15,7 @@ from thrifty.errors import ConversionError, ThriftyError
 from thrifty.gates import LayerGate
 from thrifty.graph import conv_sites
 from thrifty.macs import count_macs
-from thrifty.methods.base import MethodConfig
+from thrifty.methods.base import NOT_SELECTED, MethodConfig
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +72,11 @@ def convert(model: nn.Module, method: MethodConfig, example: Tensor, *, inplace:
         sites = sites.of(modules)
     places = method.place(model, sites)
     if method.where is not None and not callable(method.where) and not any(place.gated for place in places):
+        notes = dict.fromkeys(place.note for place in places if place.note not in {"", NOT_SELECTED})
+        reasons = f" Those that it names stay dense: {'; '.join(notes)}." if notes else ""
         raise ConversionError(
-            f"where={method.where!r} leaves no layer gated: no layer that it names can be. "
-            "Without where, the report `conversion` of the result says which can."
+            f"where={method.where!r} leaves no layer gated.{reasons} "
+            "Without where, the report `conversion` of the result says which can be."
         )
     macs = {name: int(count[0]) for name, count in dense.layers.items()}
     places += tuple(_skipped(model, macs.keys() - {place.name for place in places}, macs))

@@ -29,6 +29,11 @@ def kept(density: float, channels: int) -> int:
     return max(1, math.ceil(density * channels - 1e-9))
 
 
+def kept_at(strength: float, least: int, channels: int) -> int:
+    """Channels kept of `channels` at the share `strength` of the way from all of them to `least`."""
+    return kept(1 - (1 - least / channels) * strength, channels)
+
+
 def density_for(density: Density, name: str) -> float | None:
     """The density of the layer `name`, None where no pattern fits."""
     if not isinstance(density, Mapping):

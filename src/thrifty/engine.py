@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from thrifty._native import Engine as NativeEngine
 from thrifty.decision import Decision
-from thrifty.density import Density, densities_of, density_for, kept
+from thrifty.density import Density, densities_of, density_for, kept, kept_at
 from thrifty.errors import ThriftyError
 from thrifty.program import SETTINGS, Program, operator_tuples
 from thrifty.program_file import save_program
@@ -261,7 +261,7 @@ class Engine:
                 yield place, setting, max(made.setting(setting), min(strength, HIGHEST_THRESHOLD))
             else:
                 size = self._size(place, setting)
-                yield place, setting, kept(1 - (1 - made.setting(setting) / size) * strength, size)
+                yield place, setting, kept_at(strength, int(made.setting(setting)), size)
 
     @property
     def program(self) -> Program:

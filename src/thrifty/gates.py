@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -45,11 +46,13 @@ def strengths(images: int, offset: Tensor, first: int = 0) -> Tensor:
     return (2 * torch.frac(offset.float() + numbers * 0.6180339887) - 0.5).clamp(0, 1)[:, None]
 
 
-def mean_magnitude(x: Tensor) -> Tensor:
-    """Mean of |x| over the positions of each channel: [N, C, H, W] -> [N, C]."""
+def mean_magnitude(x: Tensor, over: tuple[int, ...] = (2, 3)) -> Tensor:
+    """Mean of |x| over the positions of each channel, or over other dimensions: [N, C, H, W] -> [N, C]."""
     # As a norm: forward reads the map once and writes no map, backward scales [N, C] and not the map.
-    sums = torch.linalg.vector_norm(x, 1, (2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
-    return (sums / x.shape[2:].numel()).to(x.dtype)  # half precision holds the mean, but not the sum
+    sums = torch.linalg.vector_norm(x, 1, over, dtype=torch.promote_types(x.dtype, torch.float32))
+    return (sums / math.prod(x.shape[dimension] for dimension in over)).to(
+        x.dtype
+    )  # half precision holds the mean, but not the sum
 
 
 def predictor_macs(shape: torch.Size, outputs: int) -> int:

@@ -236,11 +236,9 @@ def _pooled(call: Call) -> Tensor | None:
 
 
 def _mirrored(call: Call) -> Tensor | None:
-    """Padding with the tensor's own values, behind the leading dimensions that the padding leaves alone."""
-    channels = _channels(call.activity(call.args[0]))
-    if channels is None:
-        return None
-    return at_every_position(channels, call.output)
+    """Padding with the tensor's own values: their activity is moved alike."""
+    active = call.activity(call.args[0])
+    return None if active is None else call.func(active.float(), *call.args[1:], **call.kwargs) > 0
 
 
 def _added_product(call: Call) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 
 from thrifty.errors import ThriftyError
 
@@ -24,7 +25,7 @@ def find_strength(cost: Callable[[float], float], share: float, full: str = "at 
     Raises:
         ThriftyError: the share is out of range, or at strength 1 it still costs more.
     """
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+    if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share <= 1:
         raise ThriftyError(f"budget is {share!r}, but must be a share of the dense MACs in (0, 1].")
     reached = cost(0.0)
     if reached <= share:

@@ -436,10 +436,11 @@ def _settings(
 ) -> dict[str, Any]:
     """The method's settings, plain: ratios under the axis' own name where the method has it, else densities."""
     method = dynamic.method
+    defaults = type(method)()
     known = {f.name for f in fields(method)}
+    own = {name: getattr(method, name) for name in known if getattr(method, name) != getattr(defaults, name)}
     settings: dict[str, Any] = {"name": method.name}
-    if method.where is not None and not callable(method.where):
-        settings["where"] = method.where
+    settings |= {f.name: own[f.name] for f in fields(method) if f.name in own and not callable(own[f.name])}
     for axis in SETTERS:
         ratios: dict[str, float] = {}
         for group, names in groups.items():

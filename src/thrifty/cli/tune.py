@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from thrifty.cli.options import Json, Model, Net, Several, Threads, model_name, open_model, photographs, set_threads
 from thrifty.cli.output import console, millions, percent, print_json, table
 from thrifty.errors import DataError, ThriftyError, require
-from thrifty.files import make_directory
+from thrifty.files import check_writable, make_directory
 
 if TYPE_CHECKING:
     from thrifty.data.images import ImageSet
@@ -82,6 +82,7 @@ def run(
     held = _held_out(photographs(card, data, root, "train", in_memory=False).images, images)
     loader = EvaluationLoader(held, card.mean, card.std)
     make_directory(directory)  # before the sweep, which takes long
+    check_writable(directory / "sensitivity.csv")
     points = len(AXES[axis]) * len(groups) * len(set(tried))
     with _Bar(points) as bar:
         sensitivity = tune(dynamic, loader, groups, tried, AXES[axis], lambda _: bar.step())

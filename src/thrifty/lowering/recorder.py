@@ -123,7 +123,7 @@ class _Recorder(TorchDispatchMode):
             self.graph.scope, self.graph.place = self._scope(), _users_place()
             with self._naming(func.overloadpacket.__name__, f" Supported are: {SUPPORTED}."):
                 raise LoweringError(
-                    "draws at random, as programs don't: give dropout that is called as a function training=self.training"
+                    "draws at random, as programs don't: give dropout that is a function training=self.training"
                 )
         if not self._reads_tracked((args, kwargs)):
             return output

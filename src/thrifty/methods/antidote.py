@@ -26,13 +26,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from thrifty.conversion import Place
-from thrifty.density import Density, check_patterns, densities_of, density_for, kept
+from thrifty.density import Density, check_patterns, densities_of, density_for, kept, kept_at
 from thrifty.errors import LoweringError, ThriftyError
 from thrifty.gates import (
     InputGate,
@@ -45,7 +46,7 @@ from thrifty.gates import (
     top_k_mask,
 )
 from thrifty.graph import ConvSite, Sites, replace_module
-from thrifty.methods.base import MethodConfig, on_the_way, spread_budgets
+from thrifty.methods.base import NOT_SELECTED, MethodConfig, check_progress, on_the_way, spread_budgets
 
 if TYPE_CHECKING:
     from thrifty.dynamic import Dynamic
@@ -80,6 +81,7 @@ class AntiDote(MethodConfig):
             of these shares over layers and axes, each the mean of a batch. 0 for none.
         one_for_all: train one set of weights for all ratios from 0 to the targets: every image of a batch gets others
             (AntiDoteX). `schedule` then has no part.
+        max_overhead: a map is pruned only if its gate's MACs are at most this share of the convolution that reads it.
     """
 
     name: ClassVar[str] = "antidote"
@@ -96,6 +98,7 @@ class AntiDote(MethodConfig):
     straight_through: bool = False
     sparsity: float = 0.0
     one_for_all: bool = False
+    max_overhead: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,7 +111,14 @@ class AntiDote(MethodConfig):
         self.check_choice("schedule", get_args(Schedule))
         self.check_number("step", "in (0, 1)", lambda step: 0 < step < 1)
         self.check_span("ascent")
-        self.check_number("sparsity", "a finite number, 0 or more", lambda sparsity: sparsity >= 0)
+        for setting in ("sparsity", "max_overhead"):
+            self.check_number(setting, "a finite number, 0 or more", lambda value: value >= 0)
+        self.check_flags("straight_through", "one_for_all")
+        if self.straight_through and "random" in (self.criterion, self.dropout):
+            raise ThriftyError("AntiDote straight_through has no part where chance decides: leave it out.")
+        for setting in ("straight_through", "sparsity", "one_for_all"):
+            if self.dropout == "none" and getattr(self, setting):
+                raise ThriftyError(f"AntiDote {setting} has no part where training drops nothing: leave it out.")
 
     def place(self, model: nn.Module, sites: Sites) -> tuple[Place, ...]:
         """Prune the map that each convolution reads, where that map is read inside a block only."""
@@ -119,7 +129,7 @@ class AntiDote(MethodConfig):
         places = []
         for site in sites:  # no error from here on: one that came before left the model untouched
             note = refused[site.name]
-            gate = None
+            gate, cost = None, 0
             if not note:
                 gate = AttentionGate(
                     site.input_shape, self.criterion, self.dropout, self.straight_through, sparse=self.sparsity > 0
@@ -127,11 +137,12 @@ class AntiDote(MethodConfig):
                 gate.map_size = site.map_size
                 gate.target = (channels[site.name], columns[site.name])
                 gate.set_ratios(*gate.target)
-                if gate.decides() == (False, False):
-                    gate, note = None, "its ratios keep everything"
-            cost = 0
-            if gate is not None:
                 cost = gate.overhead(torch.Size((1, *site.input_shape)))
+                if not cost:
+                    gate, note = None, "its ratios keep everything"
+                elif cost > self.max_overhead * site.macs:
+                    gate, note, cost = None, f"its gate would cost {cost / site.macs:.0%} of its MACs", 0
+            if gate is not None:
                 _prune(model, site, gate)
             places.append(Place(site.name, gate is not None, note, site.macs, cost))
         return tuple(places)
@@ -160,10 +171,13 @@ class AntiDote(MethodConfig):
     def set_strength(self, model: Dynamic, strength: float) -> None:
         """Put every layer's ratios at that share of their targets."""
         for gate in _gates(model).values():
-            gate.set_ratios(*(strength * target for target in gate.target))
+            sizes = (gate.channels, gate.positions)
+            counts = (kept_at(strength, kept(1 - t, size), size) for t, size in zip(gate.target, sizes, strict=True))
+            gate.set_ratios(*(1 - count / size for count, size in zip(counts, sizes, strict=True)))
 
     def advance(self, model: Dynamic, progress: float) -> None:
         """Put the schedule's ratios for this share of the run into every gate."""
+        check_progress(progress)
         if self.one_for_all:
             spread_budgets(_gates(model).values(), progress)
             return
@@ -179,7 +193,7 @@ class AntiDote(MethodConfig):
     def _refusal(self, site: ConvSite) -> str:
         if site.conv is None or site.unpruned:
             return site.unpruned or site.blocked
-        return "" if self.selects(site.name, site.conv) else "not selected by where="
+        return "" if self.selects(site.name, site.conv) else NOT_SELECTED
 
 
 class AttentionGate(InputGate, SpreadGate, PenalisedGate):
@@ -193,6 +207,7 @@ class AttentionGate(InputGate, SpreadGate, PenalisedGate):
 
     kept_channels: Tensor
     kept_columns: Tensor
+    of_positions: Tensor
 
     def __init__(
         self,
@@ -211,12 +226,25 @@ class AttentionGate(InputGate, SpreadGate, PenalisedGate):
         # Tensors, so that they travel with the weights and a change of ratios compiles nothing anew.
         self.register_buffer("kept_channels", torch.tensor(self.channels))
         self.register_buffer("kept_columns", torch.tensor(self.positions))
+        self.register_buffer("of_positions", torch.tensor(self.positions))
         self.target = (0.0, 0.0)
         self.by_channels = self.by_columns = False
         self.prepare_spread()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any,
+        errors: list[str],
+    ) -> None:  # fmt: skip
+        """Take counts that may be of maps of another size; the same share of the columns is kept."""
+        of = int(state_dict.setdefault(prefix + "of_positions", torch.tensor(self.positions)))  # older files don't say
+        for name, size in (("kept_channels", self.channels), ("kept_columns", of)):
+            if not 1 <= int(state_dict.get(prefix + name, 1)) <= size:
+                errors.append(f"{prefix}{name} is {int(state_dict[prefix + name])}, but must be in [1, {size}].")
+                return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if int(self.of_positions) != self.positions:
+            self.kept_columns.copy_(-(-self.kept_columns * self.positions // self.of_positions))
+            self.of_positions.fill_(self.positions)
         # What was saved may prune on an axis that this gate left alone so far.
         self.by_channels = self.by_channels or int(self.kept_channels) < self.channels
         self.by_columns = self.by_columns or int(self.kept_columns) < self.positions
@@ -233,7 +261,7 @@ class AttentionGate(InputGate, SpreadGate, PenalisedGate):
             channels, factors = self._decided(mean_magnitude(x), count)
             kept_map = kept_map * factors[:, :, None, None]
         if self.by_columns:
-            attention = torch.linalg.vector_norm(x, 1, 1) / x.shape[1]
+            attention = mean_magnitude(x, over=(1,))
             count = self.counts(self.kept_columns, self.target[1], self.positions, len(x))
             columns, factors = self._decided(attention.flatten(1), self._columns_of(count, attention.shape[1:].numel()))
             columns = columns.reshape(attention.shape)
@@ -323,7 +351,7 @@ def _values(ratio: Ratio) -> tuple[float, ...]:
 
 
 def _check_ratio(field: str, ratio: float) -> None:
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 <= ratio < 1:
         raise ThriftyError(f"AntiDote {field} is {ratio!r}, but a ratio must be a number in [0, 1).")
 
 

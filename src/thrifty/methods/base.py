@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 Where = Callable[[str, nn.Module], bool] | str | tuple[str, ...] | None
 
 
+NOT_SELECTED = "not selected by where="
+"""What reports say of layers that `where` leaves out."""
+
+
+def check_progress(progress: float) -> None:
+    """An error where `progress` is no share of training."""
+    if isinstance(progress, bool) or not isinstance(progress, Real) or not 0 <= progress <= 1:
+        raise ThriftyError(f"progress is {progress!r}, but must be the share of training that is done, in [0, 1].")
+
+
 def sampled_offset(progress: float) -> float:
     """For `thrifty.gates.strengths` in the training step at `progress` in [0, 1], in [0, 1).
 
@@ -91,6 +101,12 @@ class MethodConfig(ABC):
         if getattr(self, field) not in (known := tuple(known)):
             value = getattr(self, field)
             raise ThriftyError(f"{type(self).__name__} {field} is {value!r}; choose one of: {', '.join(known)}.")
+
+    def check_flags(self, *names: str) -> None:
+        """An error where one of these settings is neither True nor False."""
+        for name in names:
+            if not isinstance(value := getattr(self, name), bool):
+                raise ThriftyError(f"{type(self).__name__} {name} is {value!r}, but must be True or False.")
 
     def check_span(self, field: str) -> None:
         """An error where the setting is not two shares of training, one after the other."""

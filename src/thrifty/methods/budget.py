@@ -35,7 +35,7 @@ from thrifty.dynamic import decisions, hooked
 from thrifty.errors import ThriftyError
 from thrifty.gates import Gate, LayerGate, MeanPredictor, Pair, predictor_macs
 from thrifty.macs import MacCount, count_macs
-from thrifty.methods.base import MethodConfig
+from thrifty.methods.base import NOT_SELECTED, MethodConfig, check_progress
 from thrifty.strength import HIGHEST_THRESHOLD
 
 if TYPE_CHECKING:
@@ -223,6 +223,7 @@ class BudgetConfig(MethodConfig, ABC):
 
         In training mode gates get the threshold that they learn with.
         """
+        check_progress(progress)
         done = self._relaxed(progress)
         for gate in budgeted(model).values():
             if gate.costs is not None:
@@ -260,7 +261,7 @@ class BudgetConfig(MethodConfig, ABC):
             if not reason and shape is None:
                 reason = f"the input of {block.entry} is not known"
             if not reason and not self.selects(block.name, _module(model, block)):
-                reason = "not selected by where="
+                reason = NOT_SELECTED
             if not reason and shape is not None and predictor_macs(shape, 1) > self.max_overhead * macs:
                 reason = "its gate would cost too large a share of its MACs"
             if not reason and shape is not None:

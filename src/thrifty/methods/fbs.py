@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from thrifty.conversion import Place
-from thrifty.density import Density, check_density, check_patterns, densities_of, density_for, kept
+from thrifty.density import Density, check_density, check_patterns, densities_of, density_for, kept, kept_at
 from thrifty.gates import (
     ChannelGate,
     LoweredGate,
@@ -42,7 +42,7 @@ from thrifty.gates import (
     top_k_mask,
 )
 from thrifty.graph import ConvSite, Sites, gate_outputs
-from thrifty.methods.base import MethodConfig, on_the_way, spread_budgets
+from thrifty.methods.base import NOT_SELECTED, MethodConfig, check_progress, on_the_way, spread_budgets
 
 if TYPE_CHECKING:
     from thrifty.dynamic import Dynamic
@@ -95,6 +95,7 @@ class FBS(MethodConfig):
         self.check_choice("schedule", get_args(Schedule))
         self.check_number("step", "in (0, 1]", lambda step: 0 < step <= 1)
         self.check_span("descent")
+        self.check_flags("one_for_all")
         for field in ("l1", "max_overhead"):
             self.check_number(field, "a finite number, 0 or more", lambda value: value >= 0)
 
@@ -128,10 +129,12 @@ class FBS(MethodConfig):
     def set_strength(self, model: Dynamic, strength: float) -> None:
         """Put every layer that share of the way from density 1 to its target."""
         for name, gate in _gates(model).items():
-            gate.set_density(1 - (1 - self.density_for(name)) * strength)
+            least = kept(self.density_for(name), gate.channels)
+            gate.set_density(kept_at(strength, least, gate.channels) / gate.channels)
 
     def advance(self, model: Dynamic, progress: float) -> None:
         """Put the schedule's density for this share of the run into every gate."""
+        check_progress(progress)
         if self.one_for_all:
             spread_budgets(_gates(model).values(), progress)
             return
@@ -153,7 +156,7 @@ class FBS(MethodConfig):
         if site.conv is None or site.blocked:
             return site.blocked, 0
         if not self.selects(site.name, site.conv):
-            return "not selected by where=", 0
+            return NOT_SELECTED, 0
         overhead = predictor_macs(site.input_shape, site.conv.out_channels)  # type: ignore[arg-type]
         if overhead > self.max_overhead * site.macs:
             return f"its gate would cost {overhead / site.macs:.0%} of its MACs", overhead

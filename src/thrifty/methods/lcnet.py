@@ -38,6 +38,7 @@ from thrifty.conversion import Place
 from thrifty.errors import ThriftyError
 from thrifty.gates import ChannelGate, LayerGate, LoweredGate, Pair, predictor_macs
 from thrifty.graph import ConvSite, Sites, gate_outputs
+from thrifty.methods.base import NOT_SELECTED
 from thrifty.methods.budget import BudgetConfig, Budgeted, check_threshold
 
 SPREAD = 4.0
@@ -71,6 +72,7 @@ class LCNet(BudgetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_flags("layers", "channels")
         if not self.layers and not self.channels:
             raise ThriftyError("LCNet without layers and without channels gates nothing. Set one of them.")
         self.check_number("leak", "a finite number, 0 or more", lambda leak: leak >= 0)
@@ -114,7 +116,7 @@ class LCNet(BudgetConfig):
         if site.name not in inner:
             return "is not the convolution of a residual block that C-Net gates"
         if not self.selects(site.name, site.conv):
-            return "not selected by where="
+            return NOT_SELECTED
         overhead = predictor_macs(site.input_shape, _outputs(site))
         if overhead > self.max_overhead * site.macs:
             return f"its gate would cost {overhead / site.macs:.0%} of its MACs"
