@@ -8,7 +8,6 @@ Usage: python benchmarks/loader_share.py [--batch 128] [--rounds 15] [--threads 
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from pathlib import Path
@@ -16,9 +15,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from thrifty.cli.bench import write_csv
 from thrifty.data.images import ImageSet
 from thrifty.data.loader import TrainingLoader
-from thrifty.machine import machine
+from thrifty.machine import machine, versions
 from thrifty.zoo.nets import build
 
 BAR = 0.05
@@ -62,16 +62,11 @@ def main() -> None:
         "step_ms": round(statistics.median(stepping) * 1e3, 1),
         "share": round(statistics.median(loading) / statistics.median(stepping), 4),
         "bar": BAR,
-        "torch": torch.__version__,
-        **machine(),
     }
-    print(", ".join(f"{key} {value}" for key, value in row.items()))
+    beside = {**machine(), **versions("torch")}
+    print(", ".join(f"{key} {value}" for key, value in (row | beside).items()))
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.output.open("w", newline="", encoding="utf-8") as stream:
-            table = csv.DictWriter(stream, fieldnames=list(row), lineterminator="\n")
-            table.writeheader()
-            table.writerow(row)
+        write_csv(arguments.output, [row], beside)
 
 
 if __name__ == "__main__":

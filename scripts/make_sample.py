@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 TARGET = Path(__file__).parents[1] / "src" / "thrifty" / "data" / "sample"
@@ -17,10 +18,13 @@ def main(root: Path) -> None:
     chosen = [path for path in sorted((root / "test").glob("*/*.jpg")) if int(path.stem) % 10 == 0]
     if len(chosen) != 1000:
         raise SystemExit(f"expected 1,000 photographs under {root}/test, found {len(chosen)}")
-    shutil.rmtree(TARGET, ignore_errors=True)
+    fresh = Path(tempfile.mkdtemp(dir=TARGET.parent, prefix=".sample."))
     for path in chosen:
-        (TARGET / path.parent.name).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, TARGET / path.parent.name / path.name)
+        (fresh / path.parent.name).mkdir(exist_ok=True)
+        shutil.copyfile(path, fresh / path.parent.name / path.name)
+    fresh.chmod(0o755)
+    shutil.rmtree(TARGET, ignore_errors=True)
+    fresh.rename(TARGET)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def test_help_tells_what_a_command_does(command: str) -> None:
 
 def test_version() -> None:
     assert output("--version").strip() == f"thrifty {thrifty.__version__}"
+    assert metadata.version("thrifty") == thrifty.__version__
 
 
 @pytest.mark.parametrize(

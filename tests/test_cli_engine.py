@@ -23,7 +23,8 @@ from thrifty.benchmarking.subjects import random_images
 from thrifty.cli.demo import _networks
 from thrifty.cli.options import Several
 from thrifty.data.files import SAMPLE, listing, read_files
-from thrifty.zoo.compilation import compile_file
+from thrifty.program_file import save_program
+from thrifty.zoo.compilation import program_of
 from thrifty.zoo.nets import build
 from thrifty.zoo.store import load_model
 
@@ -270,7 +271,7 @@ main()
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the program of a model of varying cost, under the name of its record."""
     directory = tmp_path_factory.mktemp("demo")
-    compile_file(write_varying(directory / "model.safetensors"), directory / "varying")
+    save_program(program_of(*load_model(write_varying(directory / "model.safetensors"))), directory / "varying")
     return directory
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from thrifty.evaluation import Evaluation, evaluate
     from thrifty.lowering import lower
     from thrifty.macs import MacCount, count_macs
-    from thrifty.methods import FBS, AntiDote, LCNet
+    from thrifty.methods import FBS, AntiDote, Gumbel, LCNet
     from thrifty.program import Preprocessing, Program
 
 _PLACES = {
@@ -35,6 +35,7 @@ _PLACES = {
     "Engine": "thrifty.engine",
     "Evaluation": "thrifty.evaluation",
     "FBS": "thrifty.methods",
+    "Gumbel": "thrifty.methods",
     "LCNet": "thrifty.methods",
     "MacCount": "thrifty.macs",
     "Preprocessing": "thrifty.program",
@@ -58,6 +59,7 @@ __all__ = [
     "Dynamic",
     "Engine",
     "Evaluation",
+    "Gumbel",
     "LCNet",
     "MacCount",
     "Preprocessing",

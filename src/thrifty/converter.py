@@ -32,33 +32,13 @@ def convert(model: nn.Module, method: MethodConfig, example: Tensor, *, inplace:
         model: any CNN that torch.fx can trace. It is copied, unless `inplace`.
         method: the method's config, such as `thrifty.FBS(density=0.5)`.
         example: a batch of inputs [N, C, H, W] on the model's device.
+        inplace: change `model` itself instead of a copy.
 
     Raises:
         ConversionError: the model as a whole cannot be converted, or does not take the example.
+        ThriftyError: a setting of the method does not fit the model, such as a pattern that no layer's name fits.
     """
-    if isinstance(model, Dynamic):
-        raise ConversionError(f"the model is dynamic already ({model.method.name}). Convert the dense one.")
-    if not isinstance(model, nn.Module):
-        raise ConversionError(f"convert takes a torch.nn.Module, not a {type(model).__name__}.")
-    if not isinstance(method, MethodConfig):
-        given = method.__name__ if isinstance(method, type) else repr(method)
-        raise ConversionError(f"method is {given}, but must be a method's config, such as thrifty.FBS(density=0.5).")
-    if not isinstance(example, Tensor) or example.ndim != 4:
-        given = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
-        raise ConversionError(f"example must be a batch of inputs [N, C, H, W], not {given}.")
-    if not len(example):
-        raise ConversionError("example is an empty batch. Give one input at least.")
-    taken = taken_names(model)
-    if taken:
-        raise ConversionError(
-            f"{type(model).__name__} has members of its own named {', '.join(taken)}, which dynamic models need. "
-            "Rename them, or wrap the model in another nn.Module."
-        )
-    for name, tensor in model.state_dict().items():
-        if is_lazy(tensor):
-            raise ConversionError(f"{name} of the model has no values yet. Run the model on a batch once first.")
-        if not tensor.isfinite().all():
-            raise ConversionError(f"{name} of the model has NaN or infinite values. Repair the weights first.")
+    _check(model, method, example)
     try:
         dense = count_macs(model, example[:1])
     except ThriftyError:
@@ -85,6 +65,33 @@ def convert(model: nn.Module, method: MethodConfig, example: Tensor, *, inplace:
     dynamic = make_dynamic(model, method, conversion)
     method.measure(dynamic, example[:1].clone())
     return dynamic
+
+
+def _check(model: object, method: object, example: object) -> None:
+    """An error where there is nothing to convert, or nothing to convert it by."""
+    if isinstance(model, Dynamic):
+        raise ConversionError(f"the model is dynamic already ({model.method.name}). Convert the dense one.")
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"convert takes a torch.nn.Module, not a {type(model).__name__}.")
+    if not isinstance(method, MethodConfig):
+        given = method.__name__ if isinstance(method, type) else repr(method)
+        raise ConversionError(f"method is {given}, but must be a method's config, such as thrifty.FBS(density=0.5).")
+    if not isinstance(example, Tensor) or example.ndim != 4:
+        given = str(tuple(example.shape)) if isinstance(example, Tensor) else type(example).__name__
+        raise ConversionError(f"example must be a batch of inputs [N, C, H, W], not {given}.")
+    if not len(example):
+        raise ConversionError("example is an empty batch. Give one input at least.")
+    taken = taken_names(model)
+    if taken:
+        raise ConversionError(
+            f"{type(model).__name__} has members of its own named {', '.join(taken)}, which dynamic models need. "
+            "Rename them, or wrap the model in another nn.Module."
+        )
+    for name, tensor in model.state_dict().items():
+        if is_lazy(tensor):
+            raise ConversionError(f"{name} of the model has no values yet. Run the model on a batch once first.")
+        if not tensor.isfinite().all():
+            raise ConversionError(f"{name} of the model has NaN or infinite values. Repair the weights first.")
 
 
 def _skipped(model: nn.Module, names: Collection[str], macs: Mapping[str, int]) -> Iterator[Place]:

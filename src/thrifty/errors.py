@@ -9,6 +9,7 @@ EXTRAS = {
     "torch": ("torch", "torchvision", "accelerate", "pydantic", "yaml", "PIL", "tensorboard"),
     "timm": ("timm",),
     "bench": ("onnx", "onnxruntime", "openvino"),
+    "onnx": ("onnx",),
     "demo": ("PIL", "onnx", "onnxruntime"),
     "report": ("matplotlib",),
 }

@@ -50,7 +50,7 @@ def to_onnx(program: Program, batch: int | None = None) -> ModelProto:
         _RULES[operator.kind](graph, operator)
         graph.skip(operator)
     shape = program.buffers[program.output]
-    rank = 2 if program.flat and shape[1:] == (1, 1) else 4
+    rank = 2 if program.flat else 4
     helper = onnx.helper
     graph.nodes.append(helper.make_node("Identity", [graph.value(program.output, rank)], ["output"]))
     images = "batch" if batch is None else batch
@@ -67,9 +67,9 @@ def to_onnx(program: Program, batch: int | None = None) -> ModelProto:
     return model
 
 
-def save_onnx(program: Program, path: str | Path, batch: int | None = None) -> None:
-    """Write `to_onnx(program, batch)` to a file, in one step."""
-    model = to_onnx(program, batch)
+def save_onnx(program: Program, path: str | Path) -> None:
+    """Write `to_onnx(program)` to a file, in one step."""
+    model = to_onnx(program)
     with replacing(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
 

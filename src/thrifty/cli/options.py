@@ -44,9 +44,6 @@ MethodSettings = Annotated[
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")]
 Channels = Annotated[int | None, typer.Option(min=1, help="Of a network: channels of an image. [default: 3]")]
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
-"""Of pictures in folders."""
-
 WORDS = frozenset({*PEERS, "none"})
 """That follow --peers."""
 
@@ -134,6 +131,8 @@ def picture_files(pictures: Iterable[Path]) -> list[Path]:
     Raises:
         DataError: one does not exist, or there are none.
     """
+    from thrifty.data.files import SUFFIXES  # noqa: PLC0415 (needs Pillow)
+
     pictures = list(pictures)
     found: list[Path] = []
     for path in pictures:

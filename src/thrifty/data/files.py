@@ -15,15 +15,24 @@ SAMPLE = Path(__file__).parent / "sample"
 """1,000 CIFAR-10 test photographs, 100 a class, as JPEG files in one directory a class."""
 
 
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
+"""Of photographs in directories."""
+
+
 def listing(directory: str | Path) -> tuple[list[Path], np.ndarray, tuple[str, ...]]:
     """Files of a directory of one directory a class: paths, int64 [N] index of each one's class, names of the classes.
 
     Raises:
-        DataError: there is no such directory, or no file in it.
+        DataError: there is no such directory, or no photograph in it.
     """
     directory = Path(directory)
     classes = sorted(path.name for path in directory.iterdir() if path.is_dir()) if directory.is_dir() else []
-    found = [(path, index) for index, name in enumerate(classes) for path in sorted((directory / name).iterdir())]
+    found = [
+        (path, index)
+        for index, name in enumerate(classes)
+        for path in sorted((directory / name).iterdir())
+        if path.suffix.lower() in SUFFIXES
+    ]
     if not found:
         raise DataError(f"{directory} has no photographs. Expected: {directory}/<class>/<photograph>.jpg")
     return [path for path, _ in found], np.array([index for _, index in found], np.int64), tuple(classes)

@@ -15,8 +15,6 @@ from thrifty.errors import LoweringError
 from thrifty.lowering.nodes import Graph, Node
 from thrifty.program import ACTIVATED
 
-GATE_ROLES = ("gate_weight", "gate_bias")
-
 
 def fuse(graph: Graph, output: Node) -> tuple[list[Node], Node]:
     """The nodes in the order of execution, without those that nobody needs, and the one that is returned."""

@@ -89,7 +89,7 @@ def _per_channel(x: Value, constant: Tensor) -> Tensor:
     return numbers.clone()
 
 
-def numbers(call: Call, argument: Any, factor: float = 1) -> Tensor:
+def numbers(argument: Any, factor: float = 1) -> Tensor:
     """A number or a constant tensor as float64."""
     if isinstance(argument, Tensor):
         return argument.detach().cpu().double() * factor
@@ -117,13 +117,13 @@ def _sum(call: Call, left: Any, right: Any, sign: float, factor: float) -> Value
     """left * sign + right * factor, of which one at least depends on the input."""
     left_known, right_known = call.known(left), call.known(right)
     if right_known is None:
-        scale = None if sign == 1 else numbers(call, sign)
-        return affine(call, call.value(left), scale, numbers(call, right, factor))
+        scale = None if sign == 1 else numbers(sign)
+        return affine(call, call.value(left), scale, numbers(right, factor))
     if left_known is None:
         return _sum(call, right, left, factor, sign)
     a, b = call.value(left), call.value(right)
     if factor != 1:
-        b = affine(call, b, numbers(call, factor), None)
+        b = affine(call, b, numbers(factor), None)
     return _combined(call, "add", a, b)
 
 
@@ -136,9 +136,9 @@ def mul(call: Call) -> Value:
     if isinstance(right_known, Scale):
         return gated(call, call.value(left), right_known)
     if right_known is None:
-        return affine(call, call.value(left), numbers(call, right), None)
+        return affine(call, call.value(left), numbers(right), None)
     if left_known is None:
-        return affine(call, call.value(right), numbers(call, left), None)
+        return affine(call, call.value(right), numbers(left), None)
     return _combined(call, "mul", call.value(left), call.value(right))
 
 
@@ -157,7 +157,7 @@ def power(call: Call) -> Value:
 
 def neg(call: Call) -> Value:
     """-x."""
-    return affine(call, call.value(call.first()), numbers(call, -1), None)
+    return affine(call, call.value(call.first()), numbers(-1), None)
 
 
 def div(call: Call) -> Value:
@@ -165,7 +165,7 @@ def div(call: Call) -> Value:
     divisor = call.arguments["other"]
     if call.known(divisor) is not None or call.get("rounding_mode"):
         raise LoweringError("divides by values that depend on the input, or rounds")
-    return affine(call, call.value(call.arguments["self"]), 1 / numbers(call, divisor), None)
+    return affine(call, call.value(call.arguments["self"]), 1 / numbers(divisor), None)
 
 
 def _combined(call: Call, kind: str, a: Value, b: Value) -> Value:

@@ -83,7 +83,7 @@ def reduced(kind: str, total: bool = False) -> Rule:
         kept = [1 if i in dims else size for i, size in enumerate(x.shape)]
         value = wrapped(node, tuple(kept))
         if total:
-            value = affine(call, value, numbers(call, count), None)
+            value = affine(call, value, numbers(count), None)
         return Value(value.node, tuple(call.output.shape))
 
     return rule

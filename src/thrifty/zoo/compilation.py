@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from safetensors.numpy import load_file
@@ -20,13 +19,6 @@ from thrifty.zoo.store import ModelCard, load_model
 def program_of(model: nn.Module, card: ModelCard) -> Program:
     """The program of a trained model, with the classes and the preprocessing that its card tells."""
     return lower(model, torch.zeros(1, 3, card.size, card.size), Preprocessing(card.mean, card.std), card.classes)
-
-
-def compile_file(source: str | Path, path: str | Path) -> Program:
-    """Write the program of a zoo model or a file of weights to `path`."""
-    program = program_of(*load_model(source))
-    save_program(program, path)
-    return program
 
 
 def compile_record(record: Record) -> Record:
