@@ -1,4 +1,5 @@
-"""Write the tables of measured results into the README: accuracy from the zoo's records, speed from engine.csv.
+"""Write the tables of measured results: into README.md accuracy from the zoo's records and speed from engine.csv, into
+benchmarks/README.md speed from the other CSV files.
 
 Usage: python scripts/readme_tables.py [--check]; with --check nothing is written, and a stale table is an error.
 """
@@ -15,7 +16,6 @@ from thrifty.files import write_text
 from thrifty.zoo import Record
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 SPEED = RESULTS / "engine.csv"
 OTHERS = {"AntiDote": RESULTS / "antidote.csv", "LC-Net": RESULTS / "lcnet.csv"}
@@ -68,8 +68,8 @@ def speed() -> str:
     first = rows[0]
     openvino, torch = first["openvino"].partition("-")[0], first["torch"].partition("+")[0]
     note = (
-        "Median milliseconds of a photograph at batch 1; in the FBS columns the speed-up over the fastest other\n"
-        "engine and, in brackets, the efficiency: speed-up / (dense MACs / MACs), 1 where time falls exactly as work\n"
+        "Median latency of one image, in ms; in the FBS columns the speed-up over the fastest other engine and, in\n"
+        "brackets, the efficiency: speed-up / (dense MACs / MACs), which is 1 where time falls exactly as work\n"
         f"falls. Measured by `make bench` on {first['CPU']}, {first['cores']} cores, {first['instructions']};\n"
         f"ONNX Runtime {first['onnxruntime']}, OpenVINO {openvino}, torch {torch}; gates with random weights."
     )
@@ -132,17 +132,24 @@ def replaced(text: str, name: str, table: Callable[[], str]) -> str:
     return before + first + table() + last + after
 
 
+TABLES = {
+    ROOT / "README.md": {"results": accuracy, "speed": speed},
+    ROOT / "benchmarks" / "README.md": {"methods": others},
+}
+
+
 def main() -> None:
-    """Rewrite the parts of the README between the marks, or check them."""
-    text = README.read_text(encoding="utf-8")
-    new = text
-    for name, table in (("results", accuracy), ("speed", speed), ("methods", others)):
-        new = replaced(new, name, table)
-    if "--check" in sys.argv[1:]:
-        if new != text:
-            raise SystemExit("the README's tables are stale: run python scripts/readme_tables.py")
-        return
-    write_text(README, new)
+    """Rewrite the parts of the files between the marks, or check them."""
+    for path, tables in TABLES.items():
+        text = path.read_text(encoding="utf-8")
+        new = text
+        for name, table in tables.items():
+            new = replaced(new, name, table)
+        if new == text:
+            continue
+        if "--check" in sys.argv[1:]:
+            raise SystemExit(f"tables of {path.relative_to(ROOT)} are stale: run python scripts/readme_tables.py")
+        write_text(path, new)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ models=(
 # What `make bench-accuracy` sets beside them; not in the package.
 compared=(resnet20-cifar10{-longer,-antidote-longer,-antidote-short,-antidote-random,-antidote-any,-lcnet-short,-gumbel,-lcnet-70,-narrow} resnet{14,8}-cifar10)
 # What the others start from or are taught by.
-first=({resnet20,resnet56,mcifarnet}-cifar10-base mcifarnet-cifar10-{second,start} resnet20-cifar10{-start,,-long,-longer} resnet56-cifar10{,-second,-antidote-start})
+first=({resnet20,resnet56,mcifarnet}-cifar10-base mcifarnet-cifar10-{second,start} resnet20-cifar10{-start,,-long,-longer} resnet56-cifar10{,-second,-third,-antidote-start,-antidote-second})
 for recipe in "${first[@]}" "${models[@]}" "${compared[@]}"; do
     train "$recipe"
 done
