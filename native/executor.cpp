@@ -1,5 +1,6 @@
 #include "executor.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <stdexcept>
@@ -267,9 +268,9 @@ void Engine::write_output(float* out, const Context& context, Team& team) const 
 
 void Engine::set(const Changes& changes) {
     const std::scoped_lock lock(state().mutex);
-    auto changed = settings_;
+    auto changed = settings_;  // an error makes no change
     apply(changes, changed);
-    settings_ = std::move(changed);
+    std::copy(changed.begin(), changed.end(), settings_.begin());  // in place: a fork meanwhile finds it whole
 }
 
 std::vector<GateSettings> Engine::settings() {

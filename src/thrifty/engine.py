@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -212,13 +213,13 @@ class Engine:
         """
         gates = self._with("threshold", "threshold")
         for value in threshold.values() if isinstance(threshold, Mapping) else (threshold,):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
                 raise ThriftyError(f"threshold is {value!r}, but must be a number in [0, 1).")
         for pattern in threshold if isinstance(threshold, Mapping) else ():
             if not any(fnmatchcase(name, pattern) for name in gates):
                 raise ThriftyError(f"threshold names {pattern!r}, but no gate does. They are: {', '.join(gates)}.")
         chosen = {place: density_for(threshold, name) for name, (place, _) in gates.items()}
-        self._native.set([(place, "threshold", value) for place, value in chosen.items() if value is not None])
+        self._native.set([(place, "threshold", float(value)) for place, value in chosen.items() if value is not None])
 
     def set_budget(self, share: float, x: Any) -> float:
         """Prune as much as it takes to cost at most `share` of the dense MACs, for calls that begin after.

@@ -50,9 +50,8 @@ def mean_magnitude(x: Tensor, over: tuple[int, ...] = (2, 3)) -> Tensor:
     """Mean of |x| over the positions of each channel, or over other dimensions: [N, C, H, W] -> [N, C]."""
     # As a norm: forward reads the map once and writes no map, backward scales [N, C] and not the map.
     sums = torch.linalg.vector_norm(x, 1, over, dtype=torch.promote_types(x.dtype, torch.float32))
-    return (sums / math.prod(x.shape[dimension] for dimension in over)).to(
-        x.dtype
-    )  # half precision holds the mean, but not the sum
+    count = math.prod(x.shape[dimension] for dimension in over)
+    return (sums / count).to(x.dtype)  # half precision holds the mean, but not the sum
 
 
 def predictor_macs(shape: torch.Size, outputs: int) -> int:

@@ -162,9 +162,8 @@ def _padded(call: Call) -> Tensor | None:
         active = torch.ones(call.args[0].shape, dtype=torch.bool, device=call.args[0].device)
         if not any(size > 0 for size in call.args[1]):
             return None
-    return aten.constant_pad_nd(
-        active, call.args[1], value not in (0, -math.inf)
-    )  # -inf is for maxima, which it never is
+    border = value not in (0, -math.inf)  # -inf is for maxima, which it never is
+    return aten.constant_pad_nd(active, call.args[1], border)
 
 
 def _power(call: Call) -> Tensor | None:

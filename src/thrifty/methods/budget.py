@@ -23,6 +23,7 @@ import logging
 from abc import ABC
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -313,7 +314,7 @@ def _module(model: nn.Module, block: Block) -> nn.Module:
 
 def check_threshold(threshold: float) -> None:
     """An error where a threshold is not in [0, 1)."""
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < 1:
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= threshold < 1:
         raise ThriftyError(f"a threshold of scores must be in [0, 1), not {threshold!r}.")
 
 
